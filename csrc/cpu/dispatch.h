@@ -1,0 +1,15 @@
+// Checked, threaded entry points over the per-ISA kernels. Throw std::invalid_argument on sizes or
+// strides that do not describe memory the caller can own; touch nothing before that.
+#pragma once
+
+#include <cstdint>
+
+#include "cpu/kernels.h"
+
+namespace vlmkern {
+
+void silu_mul_fwd(DType dtype, const void* up, int64_t up_stride, void* out, int64_t rows, int64_t cols, int threads);
+void silu_mul_bwd(DType dtype, const void* grad, const void* up, int64_t up_stride, void* grad_up, void* hidden, int64_t rows,
+                  int64_t cols, int threads);
+
+}  // namespace vlmkern

@@ -1,0 +1,231 @@
+// A vector of float32 for the ISA this file is compiled for, with loads and stores that convert
+// from and to bfloat16 and float16 (round to nearest even), and exp.
+//
+// Everything sits in a per-ISA namespace and nothing of the standard library is instantiated here:
+// an inline function shared between translation units built with different ISA flags could be
+// merged by the linker into the copy that crashes on older CPUs.
+#pragma once
+
+#include <stdint.h>
+#include <string.h>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#if !defined(VLMKERN_ISA)
+#error "VLMKERN_ISA names the namespace of this copy"
+#endif
+
+namespace vlmkern {
+namespace VLMKERN_ISA {
+
+struct bf16 {
+  uint16_t bits;
+};
+struct f16 {
+  uint16_t bits;
+};
+
+#if defined(__AVX512F__)
+
+struct Vec {
+  static constexpr int width = 16;
+  __m512 v;
+};
+inline Vec set1(float x) { return {_mm512_set1_ps(x)}; }
+inline Vec operator+(Vec a, Vec b) { return {_mm512_add_ps(a.v, b.v)}; }
+inline Vec operator-(Vec a, Vec b) { return {_mm512_sub_ps(a.v, b.v)}; }
+inline Vec operator*(Vec a, Vec b) { return {_mm512_mul_ps(a.v, b.v)}; }
+inline Vec operator/(Vec a, Vec b) { return {_mm512_div_ps(a.v, b.v)}; }
+inline Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+// NaN in b comes back: x86 min and max return their second operand when either is NaN
+inline Vec min(Vec a, Vec b) { return {_mm512_min_ps(a.v, b.v)}; }
+inline Vec max(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }
+inline Vec round(Vec a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
+inline Vec scale_by_power(Vec a, Vec n) { return {_mm512_scalef_ps(a.v, n.v)}; }
+
+inline Vec load(const float* p) { return {_mm512_loadu_ps(p)}; }
+inline Vec load(const bf16* p) {
+  const __m256i h = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16))};
+}
+inline Vec load(const f16* p) { return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))}; }
+inline void store(float* p, Vec a) { _mm512_storeu_ps(p, a.v); }
+inline void store(bf16* p, Vec a) {
+  // integer rounding, not vcvtneps2bf16: that instruction flushes denormals
+  const __m512i u = _mm512_castps_si512(a.v);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
+  __m512i r = _mm512_srli_epi32(_mm512_add_epi32(u, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
+  r = _mm512_mask_mov_epi32(r, _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q), _mm512_set1_epi32(0x7fc0));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(r));
+}
+inline void store(f16* p, Vec a) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+
+#elif defined(__AVX2__)
+
+struct Vec {
+  static constexpr int width = 8;
+  __m256 v;
+};
+inline Vec set1(float x) { return {_mm256_set1_ps(x)}; }
+inline Vec operator+(Vec a, Vec b) { return {_mm256_add_ps(a.v, b.v)}; }
+inline Vec operator-(Vec a, Vec b) { return {_mm256_sub_ps(a.v, b.v)}; }
+inline Vec operator*(Vec a, Vec b) { return {_mm256_mul_ps(a.v, b.v)}; }
+inline Vec operator/(Vec a, Vec b) { return {_mm256_div_ps(a.v, b.v)}; }
+inline Vec fma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
+inline Vec min(Vec a, Vec b) { return {_mm256_min_ps(a.v, b.v)}; }
+inline Vec max(Vec a, Vec b) { return {_mm256_max_ps(a.v, b.v)}; }
+inline Vec round(Vec a) { return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
+inline Vec power_of_two(__m256i n) { return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(n, _mm256_set1_epi32(127)), 23))}; }
+// in two factors, so that results below the normal range and overflow to infinity come out right
+inline Vec scale_by_power(Vec a, Vec n) {
+  const __m256i i = _mm256_cvtps_epi32(n.v), half = _mm256_srai_epi32(i, 1);
+  return a * power_of_two(half) * power_of_two(_mm256_sub_epi32(i, half));
+}
+
+inline Vec load(const float* p) { return {_mm256_loadu_ps(p)}; }
+inline Vec load(const bf16* p) {
+  const __m128i h = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16))};
+}
+inline Vec load(const f16* p) { return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))}; }
+inline void store(float* p, Vec a) { _mm256_storeu_ps(p, a.v); }
+inline void store(bf16* p, Vec a) {
+  const __m256i u = _mm256_castps_si256(a.v);
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
+  __m256i r = _mm256_srli_epi32(_mm256_add_epi32(u, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))), 16);
+  const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(a.v, a.v, _CMP_UNORD_Q));
+  r = _mm256_blendv_epi8(r, _mm256_set1_epi32(0x7fc0), nan);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm_packus_epi32(_mm256_castsi256_si128(r), _mm256_extracti128_si256(r, 1)));
+}
+inline void store(f16* p, Vec a) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+
+#else
+
+// fixed-length arrays: the compiler turns these loops into whatever vectors the baseline has
+struct Vec {
+  static constexpr int width = 8;
+  float v[8];
+};
+#define VLMKERN_LANES(expr)                                \
+  Vec r;                                                   \
+  for (int i = 0; i < Vec::width; ++i) r.v[i] = (expr);    \
+  return r
+inline Vec set1(float x) { VLMKERN_LANES(x); }
+inline Vec operator+(Vec a, Vec b) { VLMKERN_LANES(a.v[i] + b.v[i]); }
+inline Vec operator-(Vec a, Vec b) { VLMKERN_LANES(a.v[i] - b.v[i]); }
+inline Vec operator*(Vec a, Vec b) { VLMKERN_LANES(a.v[i] * b.v[i]); }
+inline Vec operator/(Vec a, Vec b) { VLMKERN_LANES(a.v[i] / b.v[i]); }
+inline Vec fma(Vec a, Vec b, Vec c) { VLMKERN_LANES(a.v[i] * b.v[i] + c.v[i]); }
+inline Vec min(Vec a, Vec b) { VLMKERN_LANES(a.v[i] < b.v[i] ? a.v[i] : b.v[i]); }
+inline Vec max(Vec a, Vec b) { VLMKERN_LANES(a.v[i] > b.v[i] ? a.v[i] : b.v[i]); }
+inline Vec round(Vec a) { VLMKERN_LANES(__builtin_nearbyintf(a.v[i])); }
+
+inline uint32_t bits_of(float x) {
+  uint32_t u;
+  memcpy(&u, &x, 4);
+  return u;
+}
+inline float float_of(uint32_t u) {
+  float x;
+  memcpy(&x, &u, 4);
+  return x;
+}
+inline float power_of_two(int n) { return float_of(uint32_t(n + 127) << 23); }
+inline float scale_lane(float a, float n) {
+  if (!(n == n)) return a + n;
+  const int i = int(n), half = i >> 1;
+  return a * power_of_two(half) * power_of_two(i - half);
+}
+inline Vec scale_by_power(Vec a, Vec n) { VLMKERN_LANES(scale_lane(a.v[i], n.v[i])); }
+
+inline float widen(float x) { return x; }
+inline float widen(bf16 x) { return float_of(uint32_t(x.bits) << 16); }
+inline float widen(f16 x) {
+  const uint32_t sign = uint32_t(x.bits & 0x8000) << 16, exponent = (x.bits >> 10) & 31, mantissa = x.bits & 1023;
+  if (exponent == 31) return float_of(sign | 0x7f800000 | (mantissa << 13));
+  if (exponent) return float_of(sign | ((exponent + 112) << 23) | (mantissa << 13));
+  const float magnitude = float(mantissa) * 0x1p-24f;
+  return sign ? -magnitude : magnitude;
+}
+inline void narrow(float* p, float x) { *p = x; }
+inline void narrow(bf16* p, float x) {
+  const uint32_t u = bits_of(x);
+  p->bits = x == x ? uint16_t((u + 0x7fff + ((u >> 16) & 1)) >> 16) : uint16_t(0x7fc0);
+}
+inline void narrow(f16* p, float x) {
+  const uint32_t u = bits_of(x), sign = (u >> 16) & 0x8000, magnitude = u & 0x7fffffff;
+  uint32_t h;
+  if (magnitude > 0x7f800000) {
+    h = 0x7e00;
+  } else if (magnitude >= 0x477ff000) {  // rounds to 2^16 or above
+    h = 0x7c00;
+  } else if (magnitude < 0x38800000) {  // below the smallest normal: adding 0.5 leaves the rounded denormal in the low bits
+    h = bits_of(float_of(magnitude) + 0.5f) - 0x3f000000;
+  } else {
+    h = (magnitude - 0x38000000 + 0xfff + ((magnitude >> 13) & 1)) >> 13;
+  }
+  p->bits = uint16_t(sign | h);
+}
+template <typename T>
+inline Vec load(const T* p) {
+  VLMKERN_LANES(widen(p[i]));
+}
+template <typename T>
+inline void store(T* p, Vec a) {
+  for (int i = 0; i < Vec::width; ++i) narrow(p + i, a.v[i]);
+}
+#undef VLMKERN_LANES
+
+#endif
+
+// The first n elements at p, the rest zero; and the first n lanes of a, stored.
+template <typename T>
+inline Vec load_n(const T* p, int n) {
+  if (n >= Vec::width) return load(p);
+  T buffer[Vec::width];
+  memset(static_cast<void*>(buffer), 0, sizeof buffer);
+  memcpy(static_cast<void*>(buffer), p, n * sizeof(T));
+  return load(buffer);
+}
+template <typename T>
+inline void store_n(T* p, Vec a, int n) {
+  if (n >= Vec::width) return store(p, a);
+  T buffer[Vec::width];
+  store(buffer, a);
+  memcpy(static_cast<void*>(p), buffer, n * sizeof(T));
+}
+
+// a rounded to T and back, as if it had gone through a tensor of that dtype
+inline Vec rounded(Vec a, const float*) { return a; }
+template <typename T>
+inline Vec rounded(Vec a, const T*) {
+  T buffer[Vec::width];
+  store(buffer, a);
+  return load(buffer);
+}
+
+// e^x: n = round(x / ln 2), Taylor polynomial of degree 6 on |r| <= ln(2)/2 (truncation 1.2e-7 of
+// the result). The clamps sit just outside the range where float32 over- or underflows.
+inline Vec exp(Vec x) {
+  x = min(set1(89.0f), max(set1(-104.0f), x));
+  const Vec n = round(x * set1(1.44269504088896341f));
+  Vec r = fma(n, set1(-0.693145751953125f), x);  // ln 2 in two parts, the first exact in 15 bits
+  r = fma(n, set1(-1.42860682030941723e-6f), r);
+  Vec p = set1(1.0f / 720);
+  p = fma(p, r, set1(1.0f / 120));
+  p = fma(p, r, set1(1.0f / 24));
+  p = fma(p, r, set1(1.0f / 6));
+  p = fma(p, r, set1(0.5f));
+  p = fma(p, r, set1(1.0f));
+  p = fma(p, r, set1(1.0f));
+  return scale_by_power(p, n);
+}
+
+}  // namespace VLMKERN_ISA
+}  // namespace vlmkern

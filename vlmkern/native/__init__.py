@@ -1,0 +1,69 @@
+"""The C++ backend: loading `vlmkern._C` and passing tensors to it as pointers, sizes and strides."""
+
+from __future__ import annotations
+
+import functools
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from .._backends import BackendUnavailable
+
+_DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+@functools.cache
+def _load() -> tuple[ModuleType | None, str | None]:
+    try:
+        from .. import _C
+
+        _C.isa()
+    except ImportError as error:
+        return None, f"the extension is not built or does not load ({error}); reinstall vlmkern with a C++ compiler"
+    except RuntimeError as error:  # VLMKERN_CPU_ISA asks for what this CPU does not have
+        return None, str(error)
+    return _C, None
+
+
+def reason_unavailable() -> str | None:
+    """Why the extension cannot be used, or None when it can."""
+    return _load()[1]
+
+
+def extension() -> ModuleType:
+    """The extension module.
+
+    Raises:
+        BackendUnavailable: it is not built, does not load, or VLMKERN_CPU_ISA names what this CPU lacks.
+    """
+    module, reason = _load()
+    if module is None:
+        raise BackendUnavailable(f"backend 'native' is not available: {reason}")
+    return module
+
+
+def dtype_code(dtype: torch.dtype) -> int:
+    """The extension's number for a dtype.
+
+    Raises:
+        BackendUnavailable: the native kernels have no such dtype.
+    """
+    try:
+        return _DTYPE_CODES[dtype]
+    except KeyError:
+        raise BackendUnavailable(f"backend 'native' has no kernels for {dtype}") from None
+
+
+def describe() -> dict[str, Any]:
+    """Instruction sets and threads, for `vlmkern.backends()`."""
+    module, _ = _load()
+    if module is None:
+        return {"isa": "none", "isas": []}
+    return {"isa": module.isa(), "isas": module.usable_isas(), "threads": torch.get_num_threads()}
+
+
+def describe_cuda() -> dict[str, Any]:
+    """What the CUDA half of the extension was compiled for, for `vlmkern.backends()`."""
+    module, _ = _load()
+    return {"compiled": False} if module is None else module.cuda()

@@ -1,0 +1,7 @@
+"""The ops, as plain functions over torch custom ops (`torch.ops.vlmkern.*`)."""
+
+from .attention import attention
+from .attention_pool import attention_pool
+from .swiglu_mlp import swiglu_mlp
+
+__all__ = ["attention", "attention_pool", "swiglu_mlp"]

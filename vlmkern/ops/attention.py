@@ -1,0 +1,129 @@
+"""`vlmkern::attention`: non-causal multi-head attention over images, dense or packed. The maths is in
+`vlmkern.reference.attention`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..reference.attention import lse_shape
+from . import _checks, _library
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float | None = None,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
+) -> Tensor:
+    """Non-causal attention, softmax(scale * q k^T) v, for every image (or packed segment) and head.
+
+    Args:
+        q, k, v: dense [B, N, H, D] or packed [T, H, D]. Any strides with a last stride of 1, so views into
+            one fused qkv projection need no copy. float32, bfloat16, float16 or float64.
+        scale: factor on the scores; D ** -0.5 when None.
+        cu_seqlens: int32 [S + 1], packed only: segment s holds tokens cu_seqlens[s] to cu_seqlens[s + 1],
+            which attend to each other only. Starts at 0, ends at T, never decreases.
+        max_seqlen: packed only: the longest segment's length, or more, as a host integer.
+
+    Returns:
+        Same shape and dtype as `q`, dense.
+
+    Raises:
+        ValueError: shapes, strides, devices or segment bounds that do not fit; `cu_seqlens` without
+            `max_seqlen` or the reverse. Bounds are read on CPU; on GPUs only when VLMKERN_CHECK=1.
+        TypeError: dtypes that differ or are not floating point; `cu_seqlens` that is not int32.
+
+    Source: Vaswani et al. (2017), eq. 1.
+    """
+    if scale is None:
+        scale = q.shape[-1] ** -0.5 if q.shape[-1] else 1.0
+    return _op(q, k, v, scale, cu_seqlens, max_seqlen)[0]
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, scale: float, cu_seqlens: Tensor | None, max_seqlen: int | None) -> None:
+    _checks.float_tensor("q", q)
+    packed = cu_seqlens is not None
+    layout = "[T, H, D]" if packed else "[B, N, H, D]"
+    _checks.rank("q", q, layout + (" with cu_seqlens" if packed else " without cu_seqlens"))
+    for name, tensor in (("k", k), ("v", v)):
+        _checks.shape(name, tensor, q.shape, layout + " like q")
+        _checks.like(name, tensor, "q", q)
+    _checks.value(q.shape[-1] > 0, f"q: got shape {list(q.shape)}, expected a head dimension of at least 1")
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        _checks.unit_last_stride(name, tensor)
+    if not packed:
+        if max_seqlen is not None:
+            raise ValueError(f"max_seqlen: got {max_seqlen}, expected None without cu_seqlens")
+        return
+    if max_seqlen is None:
+        raise ValueError("max_seqlen: got None, expected the longest segment's length with cu_seqlens")
+    if cu_seqlens.dtype != torch.int32:
+        raise TypeError(f"cu_seqlens: got dtype {cu_seqlens.dtype}, expected torch.int32")
+    _checks.rank("cu_seqlens", cu_seqlens, "[S + 1]")
+    _checks.value(cu_seqlens.shape[0] >= 1, "cu_seqlens: got shape [0], expected [S + 1] with at least one bound")
+    _checks.same_device("cu_seqlens", cu_seqlens, "q", q)
+    _checks.value(max_seqlen >= 0, f"max_seqlen: got {max_seqlen}, expected at least 0")
+
+
+def _check_values(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, cu_seqlens: Tensor | None, max_seqlen: int | None
+) -> None:
+    if cu_seqlens is None:
+        return
+    tokens, first, last = q.shape[0], int(cu_seqlens[0]), int(cu_seqlens[-1])
+    if first != 0 or last != tokens:
+        raise ValueError(f"cu_seqlens: got bounds from {first} to {last}, expected from 0 to T = {tokens}")
+    lengths = cu_seqlens.diff()
+    if len(lengths) == 0:
+        return
+    shortest, longest = int(lengths.min()), int(lengths.max())
+    if shortest < 0:
+        raise ValueError(f"cu_seqlens: got a segment of length {shortest}, expected bounds that never decrease")
+    if longest > max_seqlen:
+        raise ValueError(f"max_seqlen: got {max_seqlen}, expected at least the longest segment's length, {longest}")
+
+
+def _fake(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return q.new_empty(q.shape), q.new_empty(lse_shape(q), dtype=torch.promote_types(q.dtype, torch.float32))
+
+
+def _fake_bwd(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, ctx.scale, cu_seqlens, ctx.max_seqlen = inputs
+    out, lse = output
+    ctx.mark_non_differentiable(lse)
+    ctx.save_for_backward(q, k, v, out, lse, cu_seqlens)
+
+
+def _backward(ctx: Any, grad: Tensor, _grad_lse: Tensor) -> tuple[Tensor | None, ...]:
+    q, k, v, out, lse, cu_seqlens = ctx.saved_tensors
+    return *_op_bwd(grad, q, k, v, out, lse, ctx.scale, cu_seqlens, ctx.max_seqlen), None, None, None
+
+
+_op = _library.define(
+    "attention",
+    "(Tensor q, Tensor k, Tensor v, float scale, Tensor? cu_seqlens, SymInt? max_seqlen) -> (Tensor out, Tensor lse)",
+    check=_check,
+    check_values=_check_values,
+    fake=_fake,
+    implementations={"reference": "vlmkern.reference.attention:attention"},
+)
+_op_bwd = _library.define(
+    "attention_bwd",
+    "(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, float scale, Tensor? cu_seqlens,"
+    " SymInt? max_seqlen) -> (Tensor, Tensor, Tensor)",
+    fake=_fake_bwd,
+    implementations={"reference": "vlmkern.reference.attention:attention_bwd"},
+)
+_library.differentiable(_op, setup_context=_setup_context, backward=_backward)
+_library.not_differentiable(_op_bwd)
+_library.autocast(_op)

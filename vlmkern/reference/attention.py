@@ -1,0 +1,78 @@
+"""Non-causal multi-head attention: softmax(scale * Q K^T) V, per image or per packed segment.
+
+Vaswani et al., "Attention Is All You Need" (2017), eq. 1. Scores, softmax and sums are float32 (float64
+for float64 inputs); inputs and the result have the tensors' own dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, cu_seqlens: Tensor | None, max_seqlen: int | None
+) -> tuple[Tensor, Tensor]:
+    """q, k, v [B, N, H, D] or packed [T, H, D] -> output of the same shape and the log-sum-exp of the scaled
+    scores, [B, H, N] or [H, T], in float32 (float64)."""
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    lse = q.new_empty(lse_shape(q), dtype=_accumulator(q))
+    for rows, columns in _segments(q, cu_seqlens):
+        scores = _scores(q[rows], k[rows], scale)
+        out[rows] = (scores.softmax(-1) @ _heads_first(v[rows])).transpose(0, 1).to(q.dtype)
+        lse[columns] = scores.logsumexp(-1)
+    return out, lse
+
+
+def attention_bwd(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+    cu_seqlens: Tensor | None,
+    max_seqlen: int | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients by q, k and v, dense. The probabilities are recomputed from the log-sum-exp:
+    P = exp(S - lse), dV = P^T dO, dS = P * (dO V^T - rowsum(dO * O)), dQ = scale * dS K, dK = scale * dS^T Q."""
+    dq, dk, dv = (torch.zeros_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
+    for rows, columns in _segments(q, cu_seqlens):
+        query, key, value, d_out, o = (_heads_first(t[rows]) for t in (q, k, v, grad, out))
+        p = torch.exp(_scores(q[rows], k[rows], scale) - lse[columns].unsqueeze(-1))
+        ds = p * (d_out @ value.mT - (d_out * o).sum(-1, keepdim=True)) * scale
+        for result, gradient in ((dq, ds @ key), (dk, ds.mT @ query), (dv, p.mT @ d_out)):
+            result[rows] = gradient.transpose(0, 1).to(q.dtype)
+    return dq, dk, dv
+
+
+def lse_shape(q: Tensor) -> tuple[int, ...]:
+    """[B, H, N] for [B, N, H, D], [H, T] for packed [T, H, D]."""
+    return (q.shape[0], q.shape[2], q.shape[1]) if q.dim() == 4 else (q.shape[1], q.shape[0])
+
+
+def _segments(q: Tensor, cu_seqlens: Tensor | None) -> Iterator[tuple]:
+    """Index of each image or segment in [.., H, D] tensors, and in the log-sum-exp."""
+    if cu_seqlens is None:
+        yield from ((b, b) for b in range(q.shape[0]))
+        return
+    bounds = cu_seqlens.tolist()
+    for start, end in zip(bounds, bounds[1:], strict=False):
+        if start < end:
+            yield slice(start, end), (slice(None), slice(start, end))
+
+
+def _scores(q: Tensor, k: Tensor, scale: float) -> Tensor:
+    return (_heads_first(q) @ _heads_first(k).mT) * scale
+
+
+def _heads_first(x: Tensor) -> Tensor:
+    """[N, H, D] -> [H, N, D] in the accumulator's dtype."""
+    return x.transpose(0, 1).to(_accumulator(x))
+
+
+def _accumulator(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
