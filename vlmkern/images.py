@@ -19,11 +19,19 @@ if TYPE_CHECKING:
     import torch
 
     ImageSource: TypeAlias = (
-        str | os.PathLike[str] | bytes | bytearray | memoryview | BinaryIO | Image.Image | np.ndarray | torch.Tensor
+        str
+        | os.PathLike[str]
+        | bytes
+        | bytearray
+        | memoryview
+        | BinaryIO
+        | Image.Image
+        | np.ndarray
+        | torch.Tensor
     )
 
 DEFAULT_MAX_PIXELS = 89_478_485
-"""Largest width * height read from a file: Pillow's own warning level, a quarter of a GiB of 24-bit pixels."""
+"""Most pixels read from a file: Pillow's own warning level, a quarter of a GiB at 24 bits a pixel."""
 
 # pillow keeps its bomb limit in a module global, so only one thread at a time may lift it
 _PILLOW_LIMIT_LOCK = threading.Lock()
@@ -39,11 +47,11 @@ class ImageError(ValueError):
 def load_image(source: ImageSource, *, max_pixels: int | None = DEFAULT_MAX_PIXELS) -> Image.Image:
     """Read one picture as 8-bit RGB.
 
-    Files are decoded fully, so a truncated file fails here and not later. Of an animation the first frame is
-    taken. EXIF rotation is applied. Transparency is composited over white. CMYK, palette, bilevel and greyscale
-    pictures become RGB. 16-bit greys are divided by 257. For 32-bit integers and floats, which carry no range
-    of their own: values within [0, 1] (floats), [0, 255] or [0, 65535] (integers) are taken to use that range,
-    anything else is stretched from its minimum and maximum.
+    Files are decoded fully, so a truncated file fails here and not later. Of an animation the first frame
+    is taken. EXIF rotation is applied. Transparency is composited over white. CMYK, palette, bilevel and
+    greyscale pictures become RGB. 16-bit greys are divided by 257. For 32-bit integers and floats, which
+    carry no range of their own, values within [0, 1] (floats), [0, 255] or [0, 65535] (integers) are taken to
+    use that range; anything else is stretched from its minimum and maximum.
 
     Args:
         source: path, encoded bytes, binary file object, PIL image, or uint8 array or tensor of shape [H, W],
@@ -72,7 +80,9 @@ def load_image(source: ImageSource, *, max_pixels: int | None = DEFAULT_MAX_PIXE
     if hasattr(source, "read"):
         data = source.read()
         if not isinstance(data, bytes):
-            raise TypeError(f"image file object must be opened in binary mode, its read() gave {type(data).__name__}")
+            raise TypeError(
+                f"image file object must be opened in binary mode, its read() gave {type(data).__name__}"
+            )
         return _decode_bytes(data, str(getattr(source, "name", "<file object>")), max_pixels)
     raise TypeError(
         "image must be a path, bytes, a binary file object, a PIL image or a uint8 array, "
@@ -234,7 +244,9 @@ def _checked_array(source: Any) -> np.ndarray:
         array = array[:, :, None]
     if array.ndim != 3 or array.shape[2] not in (1, 3, 4):
         hint = "; channels come last" if len(shape) == 3 and shape[0] in (1, 3, 4) else ""
-        raise ImageError(f"image array must have shape [H, W], [H, W, 1], [H, W, 3] or [H, W, 4], got {shape}{hint}")
+        raise ImageError(
+            f"image array must have shape [H, W], [H, W, 1], [H, W, 3] or [H, W, 4], got {shape}{hint}"
+        )
     if array.shape[2] == 1:
         return np.repeat(array, 3, axis=2)
     if array.shape[2] == 4:

@@ -1,7 +1,7 @@
 """From one picture to what jina-vlm reads: normalised patches, masks, target positions and a block of tokens.
 
-The scheme is Molmo's overlap-and-resize (Deitke et al. 2024, section 2) with SigLIP patches; see also section 3
-of the jina-vlm paper. The geometry lives in :mod:`.tiling`; here is only the work on pixels and ids.
+The scheme is Molmo's overlap-and-resize (Deitke et al. 2024, section 2) with SigLIP patches, as in jina-vlm
+(Koukounas et al. 2025, section 3). The geometry is :mod:`.tiling`'s; here is only the work on pixels and ids.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class JinaVLMImageProcessor:
         im_start_token_id, im_end_token_id, im_patch_token_id, im_col_token_id: ids written into the block.
         image_token_id: the id that a prompt uses for "a picture goes here"; never part of the block.
         im_slice_token_id: reserved by the released vocabulary, not used.
-        bos_token_id, eos_token_id: ids of the text around the block, kept here so that all ids are in one place.
+        bos_token_id, eos_token_id: ids that open and end a text; kept here so that all ids are in one place.
 
     Raises:
         ValueError: an argument of a wrong type or value, named.
@@ -146,9 +146,9 @@ class JinaVLMImageProcessor:
         """Build from the contents of a ``preprocessor_config.json``.
 
         Read are ``do_resize``, ``max_crops``, ``patch_size``, ``base_input_size``, ``overlap_margins``,
-        ``pooling_h``, ``pooling_w``, ``min_pixels``, ``max_pixels`` and every keyword argument of this class by
-        its own name. Absent or null keys keep their defaults. Keys that do not matter here, the image mean and
-        standard deviation among them, are ignored.
+        ``pooling_h``, ``pooling_w``, ``min_pixels``, ``max_pixels`` and every keyword argument of this class
+        by its own name. Absent or null keys keep their defaults. Keys that do not matter here, the image mean
+        and standard deviation among them, are ignored.
 
         Args:
             config: the parsed file.
@@ -173,7 +173,7 @@ class JinaVLMImageProcessor:
 
     @classmethod
     def from_pretrained(cls, directory: str | os.PathLike[str], **overrides: Any) -> JinaVLMImageProcessor:
-        """Build from a checkpoint directory; without a ``preprocessor_config.json`` the released defaults hold.
+        """Build from a checkpoint directory; the defaults hold where it has no ``preprocessor_config.json``.
 
         Raises:
             FileNotFoundError: no such directory.
@@ -224,8 +224,8 @@ class JinaVLMImageProcessor:
         pixels = torch.from_numpy(rgb_array(image))
         plan = self.plan(width=pixels.shape[1], height=pixels.shape[0])
         masks = torch.ones(plan.crops, self.geometry.patches_per_crop)
-        # the released model was trained with its mask rows one crop off: the row meant as batch padding falls on
-        # the last tile, whose patches all carry the connector's "partly padded" embedding
+        # the released model was trained with its mask rows one crop off: the row meant as batch padding falls
+        # on the last tile, so that all its patches carry the connector's "partly padded" embedding
         masks[-1] = -1.0
         return ImageInputs(self._crops(pixels, plan), masks, self._positions(plan), self._tokens(plan))
 
@@ -317,7 +317,9 @@ def _resize(image: torch.Tensor, sizes: Sequence[Span]) -> list[torch.Tensor]:
         for result in results:
             size = result.shape[:2]
             if size != plane.shape[2:]:
-                result[:, :, channel] = F.interpolate(plane, size=tuple(size), mode="bilinear", align_corners=False)
+                result[:, :, channel] = F.interpolate(
+                    plane, size=tuple(size), mode="bilinear", align_corners=False
+                )
             else:
                 result[:, :, channel] = plane
     for result in results:

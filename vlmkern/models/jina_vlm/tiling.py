@@ -1,11 +1,12 @@
 """Geometry of overlap-and-resize tiling: which tiles an image is cut into, and which pooled windows survive.
 
-The scheme is Molmo's (Deitke et al. 2024, section 2) with the SigLIP sizes of jina-vlm (section 3 of its paper).
-Only integers and a few float32 quotients are needed, so token counts and pictures of the tiles cost no pixel work.
+The scheme is Molmo's (Deitke et al. 2024, section 2) with the SigLIP sizes of jina-vlm (Koukounas et al.
+2025, section 3). Only integers and a few float32 quotients are needed, so counting tokens and drawing tiles
+need no pixels.
 
-A *patch* is 14 x 14 pixels, a *crop* is 27 x 27 patches (378 px), a *window* is one 2 x 2 group of patches that is
-pooled into one token. Sizes are in pixels and ordered (height, width) unless a name says otherwise; boxes are
-(left, top, right, bottom), as in Pillow.
+A *patch* is 14 x 14 pixels, a *crop* is 27 x 27 patches (378 px), a *window* is one 2 x 2 group of patches
+that is pooled into one token. Sizes are in pixels and ordered (height, width) unless a name says otherwise;
+boxes are (left, top, right, bottom), as in Pillow.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ MAX_ASPECT_RATIO = 200
 """Images longer than this times their short side are refused: they would be stretched beyond recognition."""
 
 MAX_TILES = 256
-"""Upper bound of ``max_crops``: one strip of 256 tiles fills almost nine tenths of the decoder's 40,960 positions."""
+"""Upper bound of ``max_crops``: one strip of 256 tiles almost fills the decoder's 40,960 positions."""
 
 Box: TypeAlias = tuple[int, int, int, int]
 FloatBox: TypeAlias = tuple[float, float, float, float]
@@ -78,7 +79,9 @@ class TilingGeometry:
         for name, value in checked.items():
             object.__setattr__(self, name, value)
         if self.base_size % self.patch_size:
-            raise ValueError(f"base_size must be a multiple of patch_size {self.patch_size}, got {self.base_size}")
+            raise ValueError(
+                f"base_size must be a multiple of patch_size {self.patch_size}, got {self.base_size}"
+            )
         if sum(self.overlap_margins) >= self.patches_per_side:
             raise ValueError(
                 f"overlap_margins must leave room in a crop of {self.patches_per_side} patches, "
@@ -102,7 +105,7 @@ class TilingGeometry:
 
     @property
     def window_grid(self) -> Span:
-        """Rows and columns of pooled windows in a crop (14, 14); the last of 27 patches gets a window of its own."""
+        """Rows and columns of pooled windows in a crop (14, 14); the 27th patch gets windows of its own."""
         rows, cols = self.pooling
         return -(-self.patches_per_side // rows), -(-self.patches_per_side // cols)
 
@@ -209,9 +212,9 @@ def smart_resize(
 def kept_spans(tiles: int, patches: int, margins: Span, pooling: int) -> tuple[Span, ...]:
     """Pooled windows that each tile along one axis contributes, as (start, count).
 
-    A tile drops the windows that its neighbour covers better: the first ``margins[0]`` patches unless it is the
-    first tile, the last ``margins[1]`` unless it is the last. Counts round up, so where windows and patches do
-    not line up (27 patches, windows of 2) neighbours keep one patch twice rather than lose it.
+    A tile drops the windows that its neighbour covers better: the first ``margins[0]`` patches unless it is
+    the first tile, the last ``margins[1]`` unless it is the last. Counts round up, so where windows and
+    patches do not line up (27 patches, windows of 2) neighbours keep one patch twice rather than lose it.
 
     For the released sizes: (0, 14) alone, else (0, 12), then (2, 10) in the middle, and (2, 12) at the end.
     """
@@ -317,7 +320,9 @@ class TilePlan:
             for col, kept_cols in enumerate(self.kept_cols):
                 left, top = stride * col, stride * row
                 box = (left, top, left + base, top + base)
-                result.append(Tile(row, col, box, self.to_source(box), kept_rows, kept_cols, grid_row, grid_col))
+                result.append(
+                    Tile(row, col, box, self.to_source(box), kept_rows, kept_cols, grid_row, grid_col)
+                )
                 grid_col += kept_cols[1]
             grid_row += kept_rows[1]
         return result

@@ -1,0 +1,160 @@
+"""The language model: Qwen3 with fused projections and a second embedding table for image tokens."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ...nn import SwiGLUMLP
+from .cache import KVCache
+from .config import TextConfig
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) in float32, cast to the dtype of x, times the weight."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        return self.weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+
+
+class ExtendedEmbedding(nn.Module):
+    """Two tables read as one: ids from `vocab_size` on index the second."""
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.embedding = nn.Parameter(torch.zeros(config.vocab_size, config.hidden_size))
+        self.new_embedding = nn.Parameter(torch.zeros(config.additional_vocab_size, config.hidden_size))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids [...] -> [..., hidden_size]. Two look-ups, because joining the tables would copy 600 MB."""
+        base = self.embedding.shape[0]
+        is_new = (ids >= base).unsqueeze(-1)
+        return torch.where(
+            is_new,
+            F.embedding((ids - base).clamp(min=0), self.new_embedding),
+            F.embedding(ids.clamp(max=base - 1), self.embedding),
+        )
+
+
+def rotary_tables(positions: Tensor, config: TextConfig, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosines and sines [B, 1, S, head_dim] of positions [B, S], computed in float32 (or `dtype`, if wider)."""
+    dtype = torch.promote_types(dtype, torch.float32)
+    exponents = torch.arange(0, config.head_dim, 2, dtype=dtype, device=positions.device) / config.head_dim
+    angles = positions[:, None, :, None].to(dtype) * config.rope_theta**-exponents
+    angles = torch.cat([angles, angles], dim=-1)
+    return angles.cos(), angles.sin()
+
+
+def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotates pairs (j, j + head_dim / 2) of x [B, H, S, head_dim]."""
+    first, second = x.chunk(2, dim=-1)
+    return (x * cos + torch.cat([-second, first], dim=-1) * sin).to(x.dtype)
+
+
+def grouped_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """Grouped-query attention of q [B, H, S, D] over k, v [B, Hkv, K, D] with mask [B, 1, S, K] (true = attend) or,
+    for S == K, None = causal, for S == 1, None = all."""
+    batch, heads, tokens, dim = q.shape
+    kv_heads = k.shape[1]
+    if tokens == 1:
+        # a matrix product per kv head reads the cache once for all of its query heads; on CPU SDPA takes ten times as long
+        scores = (q.view(batch, kv_heads, heads // kv_heads, dim) @ k.mT) * dim**-0.5
+        if mask is not None:
+            scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+        p = scores.softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype)
+        return (p @ v).view(batch, heads, 1, dim)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
+
+
+class DecoderAttention(nn.Module):
+    """Causal grouped-query attention with per-head RMSNorm of q and k before the rotation."""
+
+    def __init__(self, config: TextConfig, layer: int) -> None:
+        super().__init__()
+        self.config, self.layer = config, layer
+        q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        self.sizes = (q_size, kv_size, kv_size)
+        self.qkv_w = nn.Linear(config.hidden_size, sum(self.sizes), bias=False)
+        self.q_b = nn.Parameter(torch.zeros(q_size))
+        self.k_b = nn.Parameter(torch.zeros(kv_size))
+        self.v_b = nn.Parameter(torch.zeros(kv_size))
+        self.q_lnorm = RMSNorm(config.head_dim, config.norm_eps)
+        self.k_lnorm = RMSNorm(config.head_dim, config.norm_eps)
+        self.out = nn.Linear(q_size, config.hidden_size, bias=False)
+
+    def forward(
+        self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None, cache: KVCache | None
+    ) -> Tensor:
+        qkv = F.linear(x, self.qkv_w.weight, torch.cat([self.q_b, self.k_b, self.v_b]))
+        q, k, v = (t.unflatten(-1, (-1, self.config.head_dim)) for t in qkv.split(self.sizes, dim=-1))
+        q = apply_rotary(self.q_lnorm(q).transpose(1, 2), *rotary)
+        k = apply_rotary(self.k_lnorm(k).transpose(1, 2), *rotary)
+        v = v.transpose(1, 2)
+        if cache is not None:
+            k, v = cache.update(self.layer, k, v)
+        return self.out(grouped_attention(q, k, v, mask).transpose(1, 2).flatten(2))
+
+
+class DecoderBlock(nn.Module):
+    """Pre-norm transformer block."""
+
+    def __init__(self, config: TextConfig, layer: int) -> None:
+        super().__init__()
+        self.attn_lnorm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.attn = DecoderAttention(config, layer)
+        self.ffn_lnorm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.ffn = SwiGLUMLP(config.hidden_size, config.mlp_size)
+
+    def forward(
+        self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None, cache: KVCache | None
+    ) -> Tensor:
+        x = x + self.attn(self.attn_lnorm(x), rotary, mask, cache)
+        return x + self.ffn(self.ffn_lnorm(x))
+
+
+class Decoder(nn.Module):
+    """Embeddings in, final hidden states out; the head belongs to the model."""
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = ExtendedEmbedding(config)
+        self.layers = nn.ModuleList(DecoderBlock(config, layer) for layer in range(config.num_layers))
+        self.ln_f = RMSNorm(config.hidden_size, config.norm_eps)
+
+    def forward(self, embeds: Tensor, mask: Tensor, cache: KVCache | None = None) -> Tensor:
+        """embeds [B, S, C] and mask [B, S] (true where real) -> [B, S, C]. With a cache, the tokens follow
+        those in it. Positions count real tokens; padding takes part in nothing."""
+        past = 0
+        positions = mask.cumsum(1) - 1
+        if cache is not None:
+            past = cache.length
+            positions = positions + cache.real_tokens.unsqueeze(1)
+            cache.begin(mask)
+        key_mask = cache.mask if cache is not None else (None if bool(mask.all()) else mask)
+        attention_mask = _attention_mask(mask.shape[1], past, key_mask, embeds.device)
+        rotary = rotary_tables(positions.clamp(min=0), self.config, embeds.dtype)
+        x = embeds
+        for block in self.layers:
+            x = block(x, rotary, attention_mask, cache)
+        return self.ln_f(x)
+
+
+def _attention_mask(tokens: int, past: int, key_mask: Tensor | None, device: torch.device) -> Tensor | None:
+    """What `grouped_attention` takes: None where plain causal attention says it all, else [B or 1, 1, S, K]."""
+    if key_mask is None and (past == 0 or tokens == 1):
+        return None
+    row = torch.arange(past, past + tokens, device=device).view(-1, 1)
+    column = torch.arange(past + tokens, device=device)
+    allowed = (column <= row)[None, None]
+    if key_mask is None:
+        return allowed
+    # padded rows attend to themselves: their result is not used, but must not be NaN
+    return allowed & (key_mask[:, None, None, :] | (column == row))

@@ -1,0 +1,95 @@
+"""The vision tower: SigLIP2-so400m/14 over flattened patches, up to the last block whose output is used."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ...nn import TileAttention, VisionLanguageConnector
+from .config import JinaVLMConfig, VisionConfig
+
+# what batches fill missing crops with; a black tile looks the same after min-max normalisation
+PAD_PIXEL = -1.0
+
+
+class PatchEmbedding(nn.Module):
+    """Linear embedding of patches flattened as row in patch, column in patch, channel."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.proj = nn.Linear(config.patch_dim, config.hidden_size)
+
+    def forward(self, patches: Tensor) -> Tensor:
+        return self.proj(patches)
+
+
+class VisionMLP(nn.Module):
+    """down(gelu_tanh(up(x)))."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.up = nn.Linear(config.hidden_size, config.mlp_size)
+        self.down = nn.Linear(config.mlp_size, config.hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.gelu(self.up(x), approximate="tanh"))
+
+
+class VisionBlock(nn.Module):
+    """Pre-norm transformer block."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.attn_lnorm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
+        self.attn = TileAttention(config.hidden_size, config.num_heads, config.head_dim)
+        self.ffn_lnorm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
+        self.ffn = VisionMLP(config)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.attn_lnorm(x))
+        return x + self.ffn(self.ffn_lnorm(x))
+
+
+class VisionModel(nn.Module):
+    """Tower and connector, under the names they have in the checkpoint.
+
+    All blocks and the final norm exist as parameters, so that a checkpoint loads and saves whole; those
+    behind the last feature that is used are never run (blocks 25, 26 and the norm as released).
+    """
+
+    def __init__(self, config: JinaVLMConfig) -> None:
+        super().__init__()
+        vision, connector = config.vision, config.connector
+        self.config = vision
+        self.patch_embed = PatchEmbedding(vision)
+        self.pos_embed = nn.Parameter(torch.zeros(vision.num_patches, vision.hidden_size))
+        self.layers = nn.ModuleList(VisionBlock(vision) for _ in range(vision.num_layers))
+        self.post_lnorm = nn.LayerNorm(vision.hidden_size, eps=vision.norm_eps)
+        self.vl_connector = VisionLanguageConnector(
+            vision.hidden_size * len(vision.feature_layers),
+            num_heads=connector.num_heads,
+            head_dim=connector.head_dim,
+            pooled_size=vision.hidden_size,
+            mlp_size=connector.mlp_size,
+            output_size=connector.output_size,
+            grid=vision.grid,
+            window=connector.window,
+        )
+
+    def forward(self, crops: Tensor) -> list[Tensor]:
+        """crops [T, N, patch_dim] in [-1, 1] -> the hidden states named by `feature_layers`, each [T, N, C].
+
+        Crops whose every value is -1 (batch padding, or black) give zeros.
+        """
+        x = self.patch_embed(crops.to(self.pos_embed.dtype)) + self.pos_embed
+        slots = self.config.feature_slots
+        outputs: dict[int, Tensor] = {}
+        for index, block in enumerate(self.layers[: max(slots) + 1]):
+            x = block(x)
+            if index in slots:
+                outputs[index] = x
+        if self.config.num_layers in slots:
+            outputs[self.config.num_layers] = self.post_lnorm(x)
+        seen = (crops != PAD_PIXEL).flatten(1).any(1).view(-1, 1, 1)
+        return [outputs[slot] * seen for slot in slots]

@@ -1,0 +1,39 @@
+"""Self-attention of a vision tower over `vlmkern.ops.attention`."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import ops
+
+
+class TileAttention(nn.Module):
+    """Multi-head self-attention inside each tile, with one fused qkv projection that attention reads in place.
+
+    Args:
+        hidden_size: C.
+        num_heads: H.
+        head_dim: D.
+
+    Parameters: `qkv_w.weight` [3*H*D, C] with the rows of q, k and v one after the other, `q_b`, `k_b`,
+    `v_b` [H*D], `out.weight` [C, H*D], `out.bias` [C].
+    """
+
+    def __init__(self, hidden_size: int, num_heads: int, head_dim: int) -> None:
+        super().__init__()
+        self.num_heads, self.head_dim = num_heads, head_dim
+        inner = num_heads * head_dim
+        self.qkv_w = nn.Linear(hidden_size, 3 * inner, bias=False)
+        self.q_b = nn.Parameter(torch.zeros(inner))
+        self.k_b = nn.Parameter(torch.zeros(inner))
+        self.v_b = nn.Parameter(torch.zeros(inner))
+        self.out = nn.Linear(inner, hidden_size)
+
+    def forward(self, x: Tensor, cu_seqlens: Tensor | None = None, max_seqlen: int | None = None) -> Tensor:
+        """x [B, N, C], or packed [T, C] with `cu_seqlens` and `max_seqlen` -> the same shape."""
+        bias = torch.cat([self.q_b, self.k_b, self.v_b])
+        qkv = F.linear(x, self.qkv_w.weight, bias).unflatten(-1, (3, self.num_heads, self.head_dim))
+        q, k, v = qkv.unbind(-3)
+        return self.out(ops.attention(q, k, v, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen).flatten(-2))
