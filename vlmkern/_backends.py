@@ -8,8 +8,6 @@ order of `_AUTO_ORDER`; an implementation declines a call that it has no kernel 
 from __future__ import annotations
 
 import functools
-import importlib
-import importlib.util
 import os
 import warnings
 from collections.abc import Callable, Iterator
@@ -19,13 +17,15 @@ from typing import Any
 
 import torch
 
+from .kernels._interpreter import interpreting
+
 BACKENDS = ("auto", "reference", "native", "triton", "cuda")
 
 # fastest first; the reference always ends the list
 _AUTO_ORDER = {"cpu": ("native", "reference"), "cuda": ("cuda", "triton", "reference")}
 
 _chosen: ContextVar[str | None] = ContextVar("vlmkern_backend", default=None)
-_implementations: dict[str, dict[str, str]] = {}
+_implementations: dict[str, dict[str, Callable[..., Any]]] = {}
 
 
 class BackendUnavailable(RuntimeError):
@@ -89,13 +89,13 @@ def backends() -> dict[str, dict[str, Any]]:
     report["cuda"] |= native.describe_cuda()
     report["triton"] |= {
         "version": _triton_version(),
-        "interpreter": _interpreting(),
+        "interpreter": interpreting(),
     }
     return report
 
 
-def register(op: str, implementations: dict[str, str]) -> None:
-    """Names the function ("module:attribute", imported on first use) that each backend has for an op."""
+def register(op: str, implementations: dict[str, Callable[..., Any]]) -> None:
+    """Records the function that each backend has for an op."""
     _implementations[op] = implementations
 
 
@@ -109,7 +109,7 @@ def run(op: str, device: torch.device, args: tuple[Any, ...]) -> Any:
     table = _implementations[op]
     if chosen != "auto":
         _require(op, chosen, device, table)
-        return _resolve(table[chosen])(*args)
+        return table[chosen](*args)
     for name in _AUTO_ORDER.get(device.type, ("reference",))[:-1]:
         if name not in table:
             continue
@@ -117,20 +117,20 @@ def run(op: str, device: torch.device, args: tuple[Any, ...]) -> Any:
             _warn_once(name)
             continue
         try:
-            return _resolve(table[name])(*args)
+            return table[name](*args)
         except BackendUnavailable:
             continue
-    return _resolve(table["reference"])(*args)
+    return table["reference"](*args)
 
 
-def _require(op: str, name: str, device: torch.device, table: dict[str, str]) -> None:
+def _require(op: str, name: str, device: torch.device, table: dict[str, Callable[..., Any]]) -> None:
     if name == "reference":
         return
     reason = _missing(name)
     if reason is None and name not in table:
         reason = f"it has no kernel for {op}"
     if reason is None:
-        wanted = {"native": ("cpu",), "triton": ("cpu",) if _interpreting() else ("cuda",), "cuda": ("cuda",)}[name]
+        wanted = {"native": ("cpu",), "triton": ("cpu",) if interpreting() else ("cuda",), "cuda": ("cuda",)}[name]
         if device.type not in wanted:
             reason = f"it takes {wanted[0]} tensors here, got {device.type}"
             if name == "triton" and device.type == "cpu":
@@ -148,16 +148,12 @@ def _missing(name: str) -> str | None:
     if name == "triton":
         if _triton_version() is None:
             return "triton is not installed"
-        if _interpreting() or torch.cuda.is_available():
+        if interpreting() or torch.cuda.is_available():
             return None
         return "no CUDA device (set TRITON_INTERPRET=1 to interpret the kernels on CPU)"
     if name == "cuda":
         return "no CUDA C++ kernels ship in this version; use 'triton' on GPUs"
     return None
-
-
-def _interpreting() -> bool:
-    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "y", "yes")
 
 
 @functools.cache
@@ -171,12 +167,6 @@ def _triton_version() -> str | None:
         except metadata.PackageNotFoundError:
             continue
     return None
-
-
-@functools.cache
-def _resolve(target: str) -> Callable[..., Any]:
-    module, attribute = target.split(":")
-    return getattr(importlib.import_module(module), attribute)
 
 
 @functools.cache

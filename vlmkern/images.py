@@ -51,7 +51,8 @@ def load_image(source: ImageSource, *, max_pixels: int | None = DEFAULT_MAX_PIXE
     is taken. EXIF rotation is applied. Transparency is composited over white. CMYK, palette, bilevel and
     greyscale pictures become RGB. 16-bit greys are divided by 257. For 32-bit integers and floats, which
     carry no range of their own, values within [0, 1] (floats), [0, 255] or [0, 65535] (integers) are taken to
-    use that range; anything else is stretched from its minimum and maximum.
+    use that range; anything else is stretched from its minimum and maximum. NaN and minus infinity are black,
+    infinity is white.
 
     Args:
         source: path, encoded bytes, binary file object, PIL image, or uint8 array or tensor of shape [H, W],
@@ -136,29 +137,28 @@ def _decode_bytes(data: bytes, name: str, max_pixels: int | None) -> Image.Image
 
 
 def _open(stream: BinaryIO, name: str, max_pixels: int | None) -> Image.Image:
-    """Read the header. Pillow's bomb limit is lifted only for callers that asked for more than it allows."""
+    """Read the header; Pillow's own limit stays in force unless the caller asked for more."""
+    raised = max_pixels is None or max_pixels > DEFAULT_MAX_PIXELS
     try:
-        return Image.open(stream)
+        return _open_unlimited(stream) if raised else Image.open(stream)
     except Image.UnidentifiedImageError:
         raise ImageError(f"{name}: is not an image in a known format") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        if max_pixels is not None and max_pixels <= DEFAULT_MAX_PIXELS:
-            raise ImageError(
-                f"{name}: too large for the limit of {max_pixels} pixels ({_reason(error)}); "
-                "pass a larger max_pixels if you trust it"
-            ) from None
+        raise ImageError(
+            f"{name}: too large for the limit of {max_pixels} pixels ({_reason(error)}); "
+            "pass a larger max_pixels if you trust it"
+        ) from None
     except MemoryError:
         raise
     except Exception as error:
         raise ImageError(f"{name}: cannot be decoded ({_reason(error)})") from error
-    stream.seek(0)
+
+
+def _open_unlimited(stream: BinaryIO) -> Image.Image:
     with _PILLOW_LIMIT_LOCK:
-        pillow_limit = Image.MAX_IMAGE_PIXELS
-        Image.MAX_IMAGE_PIXELS = None
+        pillow_limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
         try:
             return Image.open(stream)
-        except Exception as error:
-            raise ImageError(f"{name}: cannot be decoded ({_reason(error)})") from error
         finally:
             Image.MAX_IMAGE_PIXELS = pillow_limit
 
@@ -220,11 +220,11 @@ def _grey_to_8bit(values: np.ndarray, mode: str, file_format: str | None) -> np.
             return values.astype(np.uint8)
         if low >= 0 and high <= 65535:
             return _GREY16_TO_8[values]
-    span = float(high) - float(low)
+    black, white = float(low), float(high) if high > low else float(low) + 1
     if mode == "F" and low >= 0 and high <= 255:
-        low, span = 0.0, 1.0 if high <= 1 else 255.0
-    values = np.nan_to_num(values.astype(np.float64), nan=low, posinf=high, neginf=low)
-    return np.rint((values - float(low)) * (255.0 / (span or 1.0))).astype(np.uint8)
+        black, white = 0.0, 1.0 if high <= 1 else 255.0
+    values = np.nan_to_num(values.astype(np.float64), nan=black, posinf=white, neginf=black)
+    return np.rint((values - black) * (255 / (white - black))).astype(np.uint8)
 
 
 def _checked_array(source: Any) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""A picture of how the image processor cuts a photograph: tiles, overlaps, kept and dropped windows, token grid.
+"""A picture of how the image processor cuts a photograph: tiles, overlaps, kept and dropped windows, tokens.
 
 Drawn with Pillow from the processor's own plan (overlap-and-resize, Molmo section 2; jina-vlm section 3).
 """
@@ -6,8 +6,8 @@ Drawn with Pillow from the processor's own plan (overlap-and-resize, Molmo secti
 from __future__ import annotations
 
 import colorsys
+import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
 from PIL import Image, ImageDraw, ImageFont
@@ -25,35 +25,30 @@ __all__ = ["draw_crop", "draw_tiling"]
 
 Colour: TypeAlias = tuple[int, int, int]
 Size: TypeAlias = tuple[int, int]
+# title, subtitle, picture
+Block: TypeAlias = tuple[str, str, Image.Image]
 
 PAGE_WIDTH = 1680
 MARGIN = 40
 GAP = 40
 TILE_GAP = 8
+INNER_WIDTH = PAGE_WIDTH - 2 * MARGIN
+HALF_WIDTH = (INNER_WIDTH - GAP) // 2
+NOTE_WIDTH = 340
 
 PAPER: Colour = (255, 255, 255)
 INK: Colour = (28, 32, 38)
 SOFT_INK: Colour = (98, 106, 116)
 RULE: Colour = (222, 226, 230)
 THUMBNAIL: Colour = (72, 80, 92)
-OVERLAP: Colour = (255, 214, 64)
+OVERLAP: Colour = (255, 220, 90)
+OVERLAP_LEVEL = 84
 SHADOW: Colour = (12, 14, 18)
+HATCHING: Colour = (150, 156, 164)
 
-# in this order each differs plainly from the ones before and after it, and from those a row of 3 or 4 further on
-PALETTE: tuple[Colour, ...] = (
-    (230, 57, 70),
-    (29, 120, 216),
-    (42, 157, 74),
-    (245, 130, 32),
-    (145, 70, 200),
-    (0, 168, 181),
-    (222, 60, 150),
-    (150, 170, 20),
-    (60, 72, 190),
-    (200, 90, 20),
-    (20, 130, 110),
-    (170, 40, 90),
-)
+# in this order each differs plainly from its neighbours in a row, and from those below in rows of 3 or 4
+_CODES = "e63946 1d78d8 2a9d4a f58220 9146c8 00a8b5 de3c96 96aa14 3c48be c85a14 14826e aa285a"
+PALETTE: tuple[Colour, ...] = tuple(struct.iter_unpack("BBB", bytes.fromhex(_CODES)))
 
 
 def draw_tiling(
@@ -108,21 +103,14 @@ def draw_crop(
     """
     side = geometry.patches_per_side * scale
     clear = crop.resize((side, side), Image.Resampling.LANCZOS)
-    drawn = Image.blend(clear, Image.new("RGB", clear.size, SHADOW), 0.72)
-    drawn.paste((150, 156, 164), mask=_hatching(clear.size, max(4, scale)).point(lambda level: level // 3))
+    height, width = (size * scale for size in geometry.pooling)
+    if min(height, width) >= 6:
+        _window_lines(clear, (width, height), 88)
+    drawn = _darkened(clear, max(4, scale))
     left, right = _edges(kept_cols, geometry.pooling[1], scale, side)
     top, bottom = _edges(kept_rows, geometry.pooling[0], scale, side)
     drawn.paste(clear.crop((left, top, right, bottom)), (left, top))
 
-    height, width = (size * scale for size in geometry.pooling)
-    if min(height, width) >= 6:
-        lines = Image.new("L", clear.size, 0)
-        pen = ImageDraw.Draw(lines)
-        for x in range(width, side, width):
-            pen.line((x, 0, x, side), fill=88)
-        for y in range(height, side, height):
-            pen.line((0, y, side, y), fill=88)
-        drawn.paste(PAPER, mask=lines)
     pen = ImageDraw.Draw(drawn)
     if (right - left, bottom - top) != (side, side):
         pen.rectangle((left, top, right - 1, bottom - 1), outline=PAPER, width=1 if scale < 6 else 2)
@@ -130,65 +118,59 @@ def draw_crop(
     return drawn
 
 
-@dataclass(frozen=True)
-class _Block:
-    title: str
-    subtitle: str
-    picture: Image.Image
-
-
-def _blocks(photo: Image.Image, plan: TilePlan) -> tuple[list[_Block], list[_Block]]:
+def _blocks(photo: Image.Image, plan: TilePlan) -> tuple[list[Block], list[Block]]:
     """The two large pictures, and the four small ones."""
     geometry = plan.geometry
     canvas = photo.resize((plan.canvas_width, plan.canvas_height), Image.Resampling.BILINEAR)
     colours = _tile_colours(plan.rows * plan.cols)
     box = _large_box(plan)
     side_rows, side_cols = geometry.window_grid
-    thumbnail = draw_crop(photo, geometry, (0, side_rows), (0, side_cols), THUMBNAIL, 270 // geometry.patches_per_side)
+    scale = max(1, 270 // geometry.patches_per_side)
+    thumbnail = draw_crop(photo, geometry, (0, side_rows), (0, side_cols), THUMBNAIL, scale)
     _badge(ImageDraw.Draw(thumbnail), (6, 6), "0", THUMBNAIL)
     rows, cols = plan.grid
+    joined = _token_grid(canvas, plan, colours)
     large = [
-        _Block(
+        (
             "The photograph and its tiles",
-            f"{plan.width} x {plan.height} px, {_count(plan.rows * plan.cols, 'tile')}",
+            f"{plan.width} x {plan.height} px, {_tiles(plan)}",
             _photo_with_tiles(photo, plan, colours, box),
         ),
-        _Block(
+        (
             "Each tile with its windows",
             f"{geometry.base_size} x {geometry.base_size} px, {side_rows} x {side_cols} windows",
             _tiles_apart(canvas, plan, colours, box),
         ),
     ]
     small = [
-        _Block("The thumbnail", "the whole picture, all windows kept", thumbnail),
-        _Block(f"The {rows} x {cols} image tokens", "kept windows of all tiles, joined", _token_grid(canvas, plan, colours)),
-        _Block("Legend", "", _legend(plan)),
-        _Block("Numbers", "", _numbers(plan)),
+        ("The thumbnail", "the whole picture, all windows kept", thumbnail),
+        (f"The tile grid, {rows} x {cols} tokens", "kept windows of all tiles, joined", joined),
+        ("Legend", "", _legend(plan)),
+        ("Numbers", "", _numbers(plan)),
     ]
     return large, small
 
 
 def _large_box(plan: TilePlan) -> Size:
-    """Room for each of the two large pictures."""
-    inner = PAGE_WIDTH - 2 * MARGIN
-    if _is_wide(plan):
-        return inner, 700
-    # tiles of 7 pixels a patch, up to a page that still fits a screen
-    height = plan.rows * (7 * plan.geometry.patches_per_side + TILE_GAP) - TILE_GAP
-    if _is_tall(plan):
-        return 360, min(1100, max(700, height))
-    return (inner - GAP) // 2, min(1100, max(583, height))
+    """Room for each large picture: the page's width if wide, a narrow column if tall, else half a page."""
+    shape = _shape(plan)
+    if shape == "wide":
+        return INNER_WIDTH, 500
+    if shape == "tall":
+        return 400, min(1100, max(700, plan.rows * (7 * plan.geometry.patches_per_side + TILE_GAP)))
+    return HALF_WIDTH, HALF_WIDTH
 
 
-def _is_wide(plan: TilePlan) -> bool:
-    return plan.cols >= 6
+def _shape(plan: TilePlan) -> str:
+    """How the page is laid out: "tall", "wide" or "even"."""
+    if plan.rows >= 2 * plan.cols or plan.height >= 6 * plan.width:
+        return "tall"
+    return "wide" if plan.cols >= 6 or plan.width >= 6 * plan.height else "even"
 
 
-def _is_tall(plan: TilePlan) -> bool:
-    return plan.rows >= 2 * plan.cols
-
-
-def _photo_with_tiles(photo: Image.Image, plan: TilePlan, colours: Sequence[Colour], box: Size) -> Image.Image:
+def _photo_with_tiles(
+    photo: Image.Image, plan: TilePlan, colours: Sequence[Colour], box: Size
+) -> Image.Image:
     scale = min(box[0] / photo.width, box[1] / photo.height)
     size = max(1, round(photo.width * scale)), max(1, round(photo.height * scale))
     drawn = photo.resize(size, Image.Resampling.LANCZOS)
@@ -197,31 +179,23 @@ def _photo_with_tiles(photo: Image.Image, plan: TilePlan, colours: Sequence[Colo
     shared = Image.new("L", size, 0)
     pen = ImageDraw.Draw(shared)
     stride, margin = plan.geometry.stride, plan.geometry.margin
-    for col in range(1, plan.cols):
-        pen.rectangle((stride * col * across, 0, (stride * col + margin) * across - 1, size[1]), fill=112)
-    for row in range(1, plan.rows):
-        pen.rectangle((0, stride * row * down, size[0], (stride * row + margin) * down - 1), fill=112)
+    for start in range(stride, stride * plan.cols, stride):
+        pen.rectangle((start * across, 0, (start + margin) * across - 1, size[1]), fill=OVERLAP_LEVEL)
+    for start in range(stride, stride * plan.rows, stride):
+        pen.rectangle((0, start * down, size[0], (start + margin) * down - 1), fill=OVERLAP_LEVEL)
     drawn.paste(OVERLAP, mask=shared)
 
     pen = ImageDraw.Draw(drawn)
-    tiles = plan.tiles()
-    for tile, colour in zip(tiles, colours, strict=True):
+    for number, (tile, colour) in enumerate(zip(plan.tiles(), colours, strict=True), 1):
         # every other border lies further in, so that neighbours do not hide each other's lines
         inset = 5 * ((tile.row + tile.col) % 2)
-        left, top, right, bottom = tile.canvas_box
-        outline = (
-            round(left * across) + inset,
-            round(top * down) + inset,
-            round(right * across) - 1 - inset,
-            round(bottom * down) - 1 - inset,
-        )
+        left, right = (round(x * across) for x in tile.canvas_box[::2])
+        top, bottom = (round(y * down) for y in tile.canvas_box[1::2])
+        outline = (left + inset, top + inset, right - 1 - inset, bottom - 1 - inset)
         if outline[0] < outline[2] and outline[1] < outline[3]:
             pen.rectangle(outline, outline=colour, width=3)
-    for number, (tile, colour) in enumerate(zip(tiles, colours, strict=True), 1):
-        left, top, right, bottom = tile.canvas_box
-        centre = (left + right) / 2 * across, (top + bottom) / 2 * down
-        if (right - left) * across >= 60 and (bottom - top) * down >= 60:
-            _badge(pen, (centre[0] - 13, centre[1] - 13), str(number), colour)
+        if min(right - left, bottom - top) >= 60:
+            _badge(pen, ((left + right) / 2 - 13, (top + bottom) / 2 - 13), str(number), colour)
     return drawn
 
 
@@ -236,9 +210,11 @@ def _tiles_apart(canvas: Image.Image, plan: TilePlan, colours: Sequence[Colour],
     drawn = Image.new("RGB", (plan.cols * step - TILE_GAP, plan.rows * step - TILE_GAP), PAPER)
     pen = ImageDraw.Draw(drawn)
     for number, (tile, colour) in enumerate(zip(plan.tiles(), colours, strict=True), 1):
-        crop = draw_crop(canvas.crop(tile.canvas_box), plan.geometry, tile.kept_rows, tile.kept_cols, colour, scale)
+        crop = canvas.crop(tile.canvas_box)
         left, top = tile.col * step, tile.row * step
-        drawn.paste(crop, (left, top))
+        drawn.paste(
+            draw_crop(crop, plan.geometry, tile.kept_rows, tile.kept_cols, colour, scale), (left, top)
+        )
         if scale >= 3:
             _badge(pen, (left + 6, top + 6), str(number), colour)
     return drawn
@@ -246,12 +222,12 @@ def _tiles_apart(canvas: Image.Image, plan: TilePlan, colours: Sequence[Colour],
 
 def _token_grid(canvas: Image.Image, plan: TilePlan, colours: Sequence[Colour]) -> Image.Image:
     rows, cols = plan.grid
-    cell = max(2, min(10, 372 // cols, 272 // rows))
+    cell = max(2, min(18, 372 // cols, 272 // rows))
     drawn = Image.new("RGB", (cols * cell, rows * cell), PAPER)
     pen = ImageDraw.Draw(drawn)
     for tile, colour in zip(plan.tiles(), colours, strict=True):
         (_, height), (_, width) = tile.kept_rows, tile.kept_cols
-        # one colour a window: the mean of its pixels
+        # about the mean colour of each window; the half windows at the far edges are taken for whole ones
         windows = canvas.crop(plan.kept_box(tile)).resize((width, height), Image.Resampling.BOX)
         left, top = tile.grid_col * cell, tile.grid_row * cell
         drawn.paste(windows.resize((width * cell, height * cell), Image.Resampling.NEAREST), (left, top))
@@ -262,40 +238,38 @@ def _token_grid(canvas: Image.Image, plan: TilePlan, colours: Sequence[Colour]) 
 def _legend(plan: TilePlan) -> Image.Image:
     geometry = plan.geometry
     rows, cols = (size * geometry.patch_size for size in geometry.pooling)
-    plain = Image.new("RGB", (54, 54), (146, 170, 150))
-    swatch, scale = (0, 2), 27 // geometry.patches_per_side or 1
-    del swatch, scale
+    plain = Image.new("RGB", (46, 46), (146, 170, 150))
     entries: list[tuple[Image.Image, str, str]] = []
     tile = plain.copy()
     pen = ImageDraw.Draw(tile)
-    pen.rectangle((0, 0, 53, 53), outline=PALETTE[0], width=3)
-    _badge(pen, (14, 14), "1", PALETTE[0])
+    pen.rectangle((0, 0, 45, 45), outline=PALETTE[0], width=3)
+    _badge(pen, (10, 10), "1", PALETTE[0])
     entries.append((tile, "tile", "number = its place among the crops"))
     if plan.rows * plan.cols > 1:
-        shared = Image.blend(plain, Image.new("RGB", plain.size, OVERLAP), 112 / 255)
+        shared = Image.blend(plain, Image.new("RGB", plain.size, OVERLAP), OVERLAP_LEVEL / 255)
         entries.append((shared, "overlap", f"{geometry.margin} px that neighbouring tiles share"))
     kept = plain.copy()
-    _window_lines(kept)
+    _window_lines(kept, (18, 18), 120)
     entries.append((kept, "kept window", f"{cols} x {rows} px, pooled to one image token"))
     if plan.patch_tokens < plan.crops * geometry.windows_per_crop:
-        dropped = Image.blend(plain, Image.new("RGB", plain.size, SHADOW), 0.72)
-        dropped.paste((150, 156, 164), mask=_hatching(dropped.size, 7).point(lambda level: level // 3))
-        _window_lines(dropped)
-        entries.append((dropped, "dropped window", "a neighbour covers it, no token"))
+        entries.append((_darkened(kept, 7), "dropped window", "a neighbour covers it, no token"))
+    if any(geometry.patches_per_side % size for size in geometry.pooling):
+        cut = kept.copy()
+        ImageDraw.Draw(cut).rectangle((26, 0, 45, 45), fill=PAPER)
+        entries.append((cut, "edge window", "cut by the crop, filled up with zeros"))
 
-    drawn = Image.new("RGB", (400, len(entries) * 68 - 14), PAPER)
+    drawn = Image.new("RGB", (NOTE_WIDTH, len(entries) * 56 - 10), PAPER)
     pen = ImageDraw.Draw(drawn)
     for index, (picture, name, meaning) in enumerate(entries):
-        top = index * 68
+        top = index * 56
         drawn.paste(picture, (0, top))
-        pen.text((70, top + 6), name, INK, _font(18))
-        pen.text((70, top + 30), meaning, SOFT_INK, _font(15))
+        pen.text((62, top + 2), name, INK, _font(17))
+        pen.text((62, top + 25), meaning, SOFT_INK, _font(15))
     return drawn
 
 
 def _numbers(plan: TilePlan) -> Image.Image:
     counts = plan.describe()
-    rows, cols = plan.grid
     lines = [
         ("photograph", f"{plan.width} x {plan.height} px"),
         ("resized to", f"{plan.canvas_width} x {plan.canvas_height} px"),
@@ -306,31 +280,36 @@ def _numbers(plan: TilePlan) -> Image.Image:
         ("frame and column tokens", f"{plan.total_tokens - plan.patch_tokens:,}"),
         ("tokens in the prompt", f"{plan.total_tokens:,}"),
     ]
-    drawn = Image.new("RGB", (400, len(lines) * 34), PAPER)
+    drawn = Image.new("RGB", (NOTE_WIDTH, len(lines) * 34), PAPER)
     pen = ImageDraw.Draw(drawn)
     for index, (name, value) in enumerate(lines):
         top = index * 34
         last = index == len(lines) - 1
         pen.text((0, top + 6), name, INK if last else SOFT_INK, _font(17))
-        pen.text((399, top + 6), value, INK, _font(17), anchor="ra")
+        pen.text((NOTE_WIDTH - 1, top + 6), value, INK, _font(17), anchor="ra")
         if not last:
-            pen.line((0, top + 33, 399, top + 33), fill=RULE)
+            pen.line((0, top + 33, NOTE_WIDTH - 1, top + 33), fill=RULE)
     return drawn
 
 
-def _page(plan: TilePlan, large: list[_Block], small: list[_Block]) -> Image.Image:
-    if _is_wide(plan):
-        body = _column([*(_titled(block) for block in large), _row([_titled(block) for block in small])])
-    elif _is_tall(plan):
-        cells = [_titled(block) for block in small]
-        body = _row([*(_titled(block) for block in large), _column([_row(cells[:2]), _row(cells[2:])])])
+def _page(plan: TilePlan, large: list[Block], small: list[Block]) -> Image.Image:
+    shape = _shape(plan)
+    if shape == "tall":
+        cells = [_titled(block, NOTE_WIDTH) for block in small]
+        notes = _join([_join(cells[:2], down=False), _join(cells[2:], down=False)], down=True)
+        body = _join([*map(_titled, large), notes], down=False)
     else:
-        body = _column([_row([_titled(block) for block in large]), _row([_titled(block) for block in small])])
+        cells = [_titled(block) for block in small]
+        spare = INNER_WIDTH - sum(cell.width for cell in cells)
+        notes = _join(cells, down=False, gap=max(GAP, spare // (len(cells) - 1)))
+        pictures = [_titled(block, 0 if shape == "wide" else HALF_WIDTH) for block in large]
+        body = _join([_join(pictures, down=shape == "wide"), notes], down=True)
 
     counts = plan.describe()
     caption = (
-        f"{plan.width} x {plan.height} px:  {plan.rows} x {plan.cols} tiles and a thumbnail, {plan.crops:,} crops.  "
-        f"{counts['kept_windows']:,} of {counts['pooled_windows']:,} windows kept.  {plan.total_tokens:,} tokens."
+        f"{plan.width} x {plan.height} px:  {_tiles(plan)} and a thumbnail, {plan.crops:,} crops.  "
+        f"{counts['kept_windows']:,} of {counts['pooled_windows']:,} windows kept.  "
+        f"{plan.total_tokens:,} tokens."
     )
     width = max(PAGE_WIDTH, body.width + 2 * MARGIN)
     page = Image.new("RGB", (width, 110 + body.height + 80), PAPER)
@@ -344,37 +323,29 @@ def _page(plan: TilePlan, large: list[_Block], small: list[_Block]) -> Image.Ima
     return page
 
 
-def _titled(block: _Block) -> Image.Image:
-    pen = ImageDraw.Draw(block.picture)
-    title, subtitle = _font(21), _font(15)
-    width = max(pen.textlength(block.title, title), pen.textlength(block.subtitle, subtitle))
-    head = 56 if block.subtitle else 34
-    drawn = Image.new("RGB", (max(block.picture.width, int(width) + 1), head + block.picture.height), PAPER)
+def _titled(block: Block, min_width: int = 0) -> Image.Image:
+    title, subtitle, picture = block
+    large, small = _font(21), _font(15)
+    pen = ImageDraw.Draw(picture)
+    text_width = int(max(pen.textlength(title, large), pen.textlength(subtitle, small))) + 1
+    head = 56 if subtitle else 34
+    drawn = Image.new("RGB", (max(picture.width, text_width, min_width), head + picture.height), PAPER)
     pen = ImageDraw.Draw(drawn)
-    pen.text((0, 0), block.title, INK, title)
-    if block.subtitle:
-        pen.text((0, 28), block.subtitle, SOFT_INK, subtitle)
-    drawn.paste(block.picture, (0, head))
+    pen.text((0, 0), title, INK, large)
+    pen.text((0, 28), subtitle, SOFT_INK, small)
+    drawn.paste(picture, (0, head))
     return drawn
 
 
-def _row(pictures: Sequence[Image.Image]) -> Image.Image:
-    width = sum(picture.width for picture in pictures) + GAP * (len(pictures) - 1)
-    drawn = Image.new("RGB", (width, max(picture.height for picture in pictures)), PAPER)
-    left = 0
-    for picture in pictures:
-        drawn.paste(picture, (left, 0))
-        left += picture.width + GAP
-    return drawn
-
-
-def _column(pictures: Sequence[Image.Image]) -> Image.Image:
-    height = sum(picture.height for picture in pictures) + GAP * (len(pictures) - 1)
-    drawn = Image.new("RGB", (max(picture.width for picture in pictures), height), PAPER)
-    top = 0
-    for picture in pictures:
-        drawn.paste(picture, (0, top))
-        top += picture.height + GAP
+def _join(pictures: Sequence[Image.Image], down: bool, gap: int = GAP) -> Image.Image:
+    """The pictures in one column, or in one row, ``gap`` pixels apart."""
+    steps = [(picture.height if down else picture.width) + gap for picture in pictures]
+    length, breadth = sum(steps) - gap, max(picture.width if down else picture.height for picture in pictures)
+    drawn = Image.new("RGB", (breadth, length) if down else (length, breadth), PAPER)
+    at = 0
+    for picture, step in zip(pictures, steps, strict=True):
+        drawn.paste(picture, (0, at) if down else (at, 0))
+        at += step
     return drawn
 
 
@@ -383,24 +354,30 @@ def _edges(kept: Span, pooling: int, scale: int, side: int) -> Span:
     return start * pooling * scale, min((start + count) * pooling * scale, side)
 
 
-def _hatching(size: Size, spacing: int) -> Image.Image:
-    """Diagonal lines as a mask, drawn at twice the size because Pillow's lines have no antialiasing."""
-    width, height = 2 * size[0], 2 * size[1]
+def _darkened(image: Image.Image, spacing: int) -> Image.Image:
+    # the hatching is drawn at twice the size because Pillow's lines have no antialiasing
+    width, height = 2 * image.width, 2 * image.height
     mask = Image.new("L", (width, height), 0)
     pen = ImageDraw.Draw(mask)
     for start in range(-height, width, 2 * spacing):
-        pen.line((start, height, start + height, 0), fill=255, width=2)
-    return mask.resize(size, Image.Resampling.BOX)
+        pen.line((start, height, start + height, 0), fill=85, width=2)
+    drawn = Image.blend(image, Image.new("RGB", image.size, SHADOW), 0.72)
+    drawn.paste(HATCHING, mask=mask.resize(image.size, Image.Resampling.BOX))
+    return drawn
 
 
-def _window_lines(swatch: Image.Image) -> None:
-    lines = Image.new("L", swatch.size, 0)
+def _window_lines(image: Image.Image, window: Size, level: int) -> None:
+    lines = Image.new("L", image.size, 0)
     pen = ImageDraw.Draw(lines)
-    for at in range(0, swatch.width + 1, 18):
-        at = min(at, swatch.width - 1)
-        pen.line((at, 0, at, swatch.height), fill=120)
-        pen.line((0, at, swatch.width, at), fill=120)
-    swatch.paste(PAPER, mask=lines)
+    for x in range(window[0], image.width, window[0]):
+        pen.line((x, 0, x, image.height), fill=level)
+    for y in range(window[1], image.height, window[1]):
+        pen.line((0, y, image.width, y), fill=level)
+    image.paste(PAPER, mask=lines)
+
+
+def _tiles(plan: TilePlan) -> str:
+    return f"{plan.rows} x {plan.cols} tiles" if plan.rows * plan.cols > 1 else "1 tile"
 
 
 def _badge(pen: ImageDraw.ImageDraw, corner: tuple[float, float], text: str, colour: Colour) -> None:
@@ -420,7 +397,3 @@ def _tile_colours(count: int) -> list[Colour]:
 
 def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     return ImageFont.load_default(size=size)
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}" + ("" if number == 1 else "s")

@@ -1,12 +1,13 @@
-"""SwiGLU on CPU: library matrix products with the C++ `silu_mul` kernel between them."""
+"""SwiGLU's elementwise half on CPU: the C++ kernel of csrc/cpu/swiglu_mlp.cpp."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from ..reference import swiglu_mlp as reference
-from . import dtype_code, extension
+from . import DTYPES, dtype_code, extension
+
+__all__ = ["DTYPES", "silu_mul", "silu_mul_bwd"]
 
 
 def silu_mul(up: Tensor) -> Tensor:
@@ -42,14 +43,3 @@ def _row_stride(rows: Tensor) -> int:
     # a single row may carry any stride, as nothing is ever reached by it
     return rows.stride(0) if len(rows) > 1 else rows.shape[1]
 
-
-def swiglu_mlp(x: Tensor, *args: Tensor | None) -> Tensor:
-    """See `vlmkern.ops.swiglu_mlp`."""
-    dtype_code(x.dtype)
-    return reference.swiglu_mlp(x, *args, silu_mul=silu_mul)
-
-
-def swiglu_mlp_bwd(grad: Tensor, x: Tensor, *args) -> list[Tensor]:
-    """See `vlmkern.reference.swiglu_mlp.swiglu_mlp_bwd`."""
-    dtype_code(x.dtype)
-    return reference.swiglu_mlp_bwd(grad, x, *args, silu_mul_bwd=silu_mul_bwd)

@@ -27,7 +27,7 @@ def define(
     schema: str,
     *,
     fake: Callable[..., Any],
-    implementations: dict[str, str],
+    implementations: dict[str, Callable[..., Any]],
     check: Check | None = None,
     check_values: Check | None = None,
 ) -> torch._ops.OpOverload:
@@ -36,7 +36,7 @@ def define(
     Args:
         schema: argument list and returns, e.g. "(Tensor x) -> Tensor".
         fake: shapes and dtypes of the results, for meta tensors and tracing; called after `check`.
-        implementations: backend name -> "module:function"; "reference" is required.
+        implementations: backend name -> function; "reference" is required. They import kernels on first use.
         check: raises on shapes, dtypes, devices and strides that the op does not take.
         check_values: raises on wrong values inside index tensors. Runs on CPU tensors, and on others
             when VLMKERN_CHECK=1, because reading values stalls a GPU.

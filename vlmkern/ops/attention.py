@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..reference.attention import lse_shape
+from ..reference import attention as reference
 from . import _checks, _library
 
 
@@ -90,7 +90,7 @@ def _check_values(
 
 
 def _fake(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return q.new_empty(q.shape), q.new_empty(lse_shape(q), dtype=torch.promote_types(q.dtype, torch.float32))
+    return q.new_empty(q.shape), q.new_empty(reference.lse_shape(q), dtype=torch.promote_types(q.dtype, torch.float32))
 
 
 def _fake_bwd(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -115,14 +115,14 @@ _op = _library.define(
     check=_check,
     check_values=_check_values,
     fake=_fake,
-    implementations={"reference": "vlmkern.reference.attention:attention"},
+    implementations={"reference": reference.attention},
 )
 _op_bwd = _library.define(
     "attention_bwd",
     "(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, float scale, Tensor? cu_seqlens,"
     " SymInt? max_seqlen) -> (Tensor, Tensor, Tensor)",
     fake=_fake_bwd,
-    implementations={"reference": "vlmkern.reference.attention:attention_bwd"},
+    implementations={"reference": reference.attention_bwd},
 )
 _library.differentiable(_op, setup_context=_setup_context, backward=_backward)
 _library.not_differentiable(_op_bwd)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..reference import attention_pool as reference
 from . import _checks, _library
 
 
@@ -60,10 +61,6 @@ def attention_pool(
     return _op(
         list(features), w_q, b_q, w_kv, b_kv, w_o, b_o, list(grid), num_heads, list(window), pad_embed, mask, keep
     )
-
-
-def _window_count(grid: Sequence[int], window: Sequence[int]) -> int:
-    return -(-grid[0] // window[0]) * -(-grid[1] // window[1])
 
 
 def _check(
@@ -149,7 +146,7 @@ def _check_values(features: list[Tensor], *args: Any) -> None:
     *_, grid, _num_heads, window, _pad_embed, _mask, keep = args
     if keep is None or keep.numel() == 0:
         return
-    count = features[0].shape[0] * _window_count(grid, window)
+    count = features[0].shape[0] * reference.windows_per_tile(grid, window)
     low, high = (int(bound) for bound in keep.aminmax())
     if low < 0 or high >= count:
         raise ValueError(f"keep: got indices from {low} to {high}, expected 0 to {count - 1} (T * M = {count} windows)")
@@ -160,7 +157,7 @@ def _fake(features: list[Tensor], *args: Any) -> Tensor:
     first, out_channels = features[0], w_o.shape[0]
     if keep is not None:
         return first.new_empty((keep.shape[0], out_channels))
-    return first.new_empty((first.shape[0], _window_count(grid, window), out_channels))
+    return first.new_empty((first.shape[0], reference.windows_per_tile(grid, window), out_channels))
 
 
 def _fake_bwd(grad: Tensor, features: list[Tensor], *args: Any) -> list[Tensor]:
@@ -212,14 +209,14 @@ _op = _library.define(
     check=_check,
     check_values=_check_values,
     fake=_fake,
-    implementations={"reference": "vlmkern.reference.attention_pool:attention_pool"},
+    implementations={"reference": reference.attention_pool},
 )
 _op_bwd = _library.define(
     "attention_pool_bwd",
     "(Tensor grad, Tensor[] features, Tensor w_q, Tensor? b_q, Tensor w_kv, Tensor? b_kv, Tensor w_o,"
     " int[] grid, int num_heads, int[] window, Tensor? pad_embed, Tensor? mask, Tensor? keep, bool[] wanted) -> Tensor[]",
     fake=_fake_bwd,
-    implementations={"reference": "vlmkern.reference.attention_pool:attention_pool_bwd"},
+    implementations={"reference": reference.attention_pool_bwd},
 )
 _library.differentiable(_op, setup_context=_setup_context, backward=_backward)
 _library.not_differentiable(_op_bwd)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
+from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from .._backends import BackendUnavailable
+from ..reference import swiglu_mlp as reference
 from . import _checks, _library
 
 
@@ -72,15 +75,28 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return tuple(next(grads) if want else None for want in wanted)
 
 
+def _around(module: str, name: str) -> Callable[..., Any]:
+    """The reference formula with its elementwise middle, `name`, taken from a backend's module."""
+    formula = {"silu_mul": reference.swiglu_mlp, "silu_mul_bwd": reference.swiglu_mlp_bwd}[name]
+
+    def implementation(first: Tensor, *rest: Any) -> Any:
+        kernels = importlib.import_module(module)
+        if first.dtype not in kernels.DTYPES:
+            raise BackendUnavailable(f"{module} has no swiglu_mlp kernel for {first.dtype}")
+        return formula(first, *rest, **{name: getattr(kernels, name)})
+
+    return implementation
+
+
 _op = _library.define(
     "swiglu_mlp",
     "(Tensor x, Tensor w_up, Tensor w_down, Tensor? b_up, Tensor? b_down) -> Tensor",
     check=_check,
     fake=_fake,
     implementations={
-        "reference": "vlmkern.reference.swiglu_mlp:swiglu_mlp",
-        "native": "vlmkern.native.swiglu_mlp:swiglu_mlp",
-        "triton": "vlmkern.kernels.swiglu_mlp:swiglu_mlp",
+        "reference": reference.swiglu_mlp,
+        "native": _around("vlmkern.native.swiglu_mlp", "silu_mul"),
+        "triton": _around("vlmkern.kernels.swiglu_mlp", "silu_mul"),
     },
 )
 _op_bwd = _library.define(
@@ -88,9 +104,9 @@ _op_bwd = _library.define(
     "(Tensor grad, Tensor x, Tensor w_up, Tensor w_down, Tensor? b_up, bool[] wanted) -> Tensor[]",
     fake=_fake_bwd,
     implementations={
-        "reference": "vlmkern.reference.swiglu_mlp:swiglu_mlp_bwd",
-        "native": "vlmkern.native.swiglu_mlp:swiglu_mlp_bwd",
-        "triton": "vlmkern.kernels.swiglu_mlp:swiglu_mlp_bwd",
+        "reference": reference.swiglu_mlp_bwd,
+        "native": _around("vlmkern.native.swiglu_mlp", "silu_mul_bwd"),
+        "triton": _around("vlmkern.kernels.swiglu_mlp", "silu_mul_bwd"),
     },
 )
 _library.differentiable(_op, setup_context=_setup_context, backward=_backward)

@@ -21,8 +21,12 @@ def attention(
     lse = q.new_empty(lse_shape(q), dtype=_accumulator(q))
     for rows, columns in _segments(q, cu_seqlens):
         scores = _scores(q[rows], k[rows], scale)
-        out[rows] = (scores.softmax(-1) @ _heads_first(v[rows])).transpose(0, 1).to(q.dtype)
-        lse[columns] = scores.logsumexp(-1)
+        highest = scores.amax(-1, keepdim=True)
+        # in place: the scores are by far the largest tensor here, and every pass over them counts
+        weights = scores.sub_(highest).exp_()
+        total = weights.sum(-1, keepdim=True)
+        out[rows] = (weights @ _heads_first(v[rows]) / total).transpose(0, 1).to(q.dtype)
+        lse[columns] = (highest + total.log()).squeeze(-1)
     return out, lse
 
 
@@ -56,6 +60,8 @@ def lse_shape(q: Tensor) -> tuple[int, ...]:
 
 def _segments(q: Tensor, cu_seqlens: Tensor | None) -> Iterator[tuple]:
     """Index of each image or segment in [.., H, D] tensors, and in the log-sum-exp."""
+    if q.numel() == 0:
+        return
     if cu_seqlens is None:
         yield from ((b, b) for b in range(q.shape[0]))
         return
@@ -66,7 +72,7 @@ def _segments(q: Tensor, cu_seqlens: Tensor | None) -> Iterator[tuple]:
 
 
 def _scores(q: Tensor, k: Tensor, scale: float) -> Tensor:
-    return (_heads_first(q) @ _heads_first(k).mT) * scale
+    return (_heads_first(q) * scale) @ _heads_first(k).mT
 
 
 def _heads_first(x: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ the mean and are attended to. Products have the tensors' dtype, scores and softm
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -39,7 +40,7 @@ def attention_pool(
     x = _gather(features, slots, pad_embed, mask)
     ctx = _attend(x, w_q, b_q, w_kv, b_kv, num_heads).context
     out = F.linear(ctx, w_o, b_o)
-    return out if keep is not None else out.view(features[0].shape[0], -1, out.shape[-1])
+    return out if keep is not None else out.unflatten(0, (features[0].shape[0], windows_per_tile(grid, window)))
 
 
 def attention_pool_bwd(
@@ -66,8 +67,8 @@ def attention_pool_bwd(
     a = _attend(x, w_q, b_q, w_kv, b_kv, num_heads)
     windows, size, width = x.shape
 
-    d_out = grad.reshape(windows, -1)
-    d_ctx = (d_out @ w_o).view(windows, 1, num_heads, -1).to(a.p.dtype)
+    d_out = grad.reshape(windows, grad.shape[-1])
+    d_ctx = (d_out @ w_o).unflatten(-1, (num_heads, -1)).unsqueeze(1).to(a.p.dtype)
     d_v = a.p.unsqueeze(-1) * d_ctx
     d_p = (d_ctx * a.v).sum(-1)
     d_scores = a.p * (d_p - (a.p * d_p).sum(1, keepdim=True)) * a.scale
@@ -107,7 +108,8 @@ class _Attended(NamedTuple):
 
 def _slots(tiles: int, grid: list[int], window: list[int], keep: Tensor | None, device: torch.device) -> _Slots:
     (rows, cols), (height, width) = grid, window
-    windows_down, windows_across = -(-rows // height), -(-cols // width)
+    windows_across = -(-cols // width)
+    windows_down = windows_per_tile(grid, window) // windows_across
     count = tiles * windows_down * windows_across
     # unchecked indices (on GPUs) must not reach outside the tensors
     flat = torch.arange(count, device=device) if keep is None else keep.clamp(0, max(count - 1, 0))
@@ -118,6 +120,11 @@ def _slots(tiles: int, grid: list[int], window: list[int], keep: Tensor | None, 
     row, col = down * height + slot // width, across * width + slot % width
     inside = (row < rows) & (col < cols)
     return _Slots(torch.where(inside, (tile * rows + row) * cols + col, 0), inside)
+
+
+def windows_per_tile(grid: Sequence[int], window: Sequence[int]) -> int:
+    """Windows that cover a grid, the last row and column padded: M."""
+    return -(-grid[0] // window[0]) * -(-grid[1] // window[1])
 
 
 def _gather(features: list[Tensor], slots: _Slots, pad_embed: Tensor | None, mask: Tensor | None) -> Tensor:
@@ -136,10 +143,9 @@ def _pad_rows(mask: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _attend(x: Tensor, w_q: Tensor, b_q: Tensor | None, w_kv: Tensor, b_kv: Tensor | None, num_heads: int) -> _Attended:
-    windows, size, _ = x.shape
     accumulator = torch.promote_types(x.dtype, torch.float32)
     kv = F.linear(x, w_kv, b_kv)
-    q = F.linear(x.mean(1), w_q, b_q).view(windows, 1, num_heads, -1).to(accumulator)
+    q = F.linear(x.mean(1), w_q, b_q).unflatten(-1, (num_heads, -1)).unsqueeze(1).to(accumulator)
     k, v = (
         t.unflatten(-1, (num_heads, -1)).to(accumulator)
         for t in kv.split([w_q.shape[0], w_kv.shape[0] - w_q.shape[0]], dim=-1)

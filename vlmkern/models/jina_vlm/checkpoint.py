@@ -42,7 +42,6 @@ def uninitialised(
     return model.to(dtype).to_empty(device=device)
 
 
-@torch.no_grad()
 def randomise(model: JinaVLM, seed: int) -> None:
     """Sets every weight from a generator of its own, so that a weight depends on the seed, its name and its size only:
     matrices normal with standard deviation fan_in ** -0.5, norm weights about 1, vision biases about 0, and the
@@ -50,7 +49,7 @@ def randomise(model: JinaVLM, seed: int) -> None:
 
     def fill(job: tuple[str, Tensor, int]) -> None:
         name, parameter, chunk = job
-        part = parameter.view(-1)[chunk * _CHUNK : (chunk + 1) * _CHUNK]
+        part = parameter.detach().view(-1)[chunk * _CHUNK : (chunk + 1) * _CHUNK]
         generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{name}/{chunk}".encode()))
         values = torch.empty(part.numel()).normal_(generator=generator)
         mean, std = _distribution(name, parameter)

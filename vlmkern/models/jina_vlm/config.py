@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ...reference.attention_pool import windows_per_tile
+
 
 class ConfigError(ValueError):
     """A configuration is missing a key, or asks for something this implementation does not do."""
@@ -105,8 +107,7 @@ class JinaVLMConfig:
     @property
     def windows_per_crop(self) -> int:
         """Pooled windows of one crop, M (14 * 14 = 196 as released)."""
-        (rows, cols), (height, width) = self.vision.grid, self.connector.window
-        return -(-rows // height) * -(-cols // width)
+        return windows_per_tile(self.vision.grid, self.connector.window)
 
     @classmethod
     def tiny(cls) -> JinaVLMConfig:

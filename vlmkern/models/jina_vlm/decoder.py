@@ -43,6 +43,11 @@ class ExtendedEmbedding(nn.Module):
         )
 
 
+def token_positions(mask: Tensor, real_before: Tensor | int = 0) -> Tensor:
+    """Positions [B, S] of the tokens of `mask` [B, S]: real tokens are counted, padding at the start has position 0."""
+    return (mask.cumsum(1) - 1 + (real_before if isinstance(real_before, int) else real_before.unsqueeze(1))).clamp(min=0)
+
+
 def rotary_tables(positions: Tensor, config: TextConfig, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Cosines and sines [B, 1, S, head_dim] of positions [B, S], computed in float32 (or `dtype`, if wider)."""
     dtype = torch.promote_types(dtype, torch.float32)
@@ -132,15 +137,16 @@ class Decoder(nn.Module):
     def forward(self, embeds: Tensor, mask: Tensor, cache: KVCache | None = None) -> Tensor:
         """embeds [B, S, C] and mask [B, S] (true where real) -> [B, S, C]. With a cache, the tokens follow
         those in it. Positions count real tokens; padding takes part in nothing."""
-        past = 0
-        positions = mask.cumsum(1) - 1
-        if cache is not None:
+        if cache is None:
+            past, key_mask = 0, None if bool(mask.all()) else mask
+            positions = token_positions(mask)
+        else:
             past = cache.length
-            positions = positions + cache.real_tokens.unsqueeze(1)
+            positions = token_positions(mask, cache.real_tokens)
             cache.begin(mask)
-        key_mask = cache.mask if cache is not None else (None if bool(mask.all()) else mask)
+            key_mask = cache.mask
         attention_mask = _attention_mask(mask.shape[1], past, key_mask, embeds.device)
-        rotary = rotary_tables(positions.clamp(min=0), self.config, embeds.dtype)
+        rotary = rotary_tables(positions, self.config, embeds.dtype)
         x = embeds
         for block in self.layers:
             x = block(x, rotary, attention_mask, cache)

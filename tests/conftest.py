@@ -1,0 +1,34 @@
+"""Fixtures shared by the suite, and the `gpu` marker's skip."""
+
+import shutil
+
+import pytest
+import torch
+from support import DATA
+
+
+def pytest_collection_modifyitems(items):
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="needs a CUDA device")
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def checkpoint_dir(tmp_path_factory):
+    """checkpoint_dir("tiny378") is a checkpoint directory of that fixture."""
+
+    def make(name):
+        directory = tmp_path_factory.mktemp(name)
+        shutil.copy(DATA / f"{name}.config.json", directory / "config.json")
+        shutil.copy(DATA / f"{name}.safetensors", directory / "model.safetensors")
+        return directory
+
+    return make

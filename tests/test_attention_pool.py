@@ -1,0 +1,337 @@
+"""`vlmkern.ops.attention_pool`: numbers in both published forms, gradients, registration, errors."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support import LOW_PRECISION, low_precision_close, op_backends
+from torch import Tensor
+
+import vlmkern
+from vlmkern import ops
+
+OP = torch.ops.vlmkern.attention_pool.default
+
+
+@dataclass
+class Weights:
+    w_q: Tensor
+    b_q: Tensor | None
+    w_kv: Tensor
+    b_kv: Tensor | None
+    w_o: Tensor
+    b_o: Tensor | None
+    pad_embed: Tensor
+    heads: int
+
+    @classmethod
+    def make(cls, channels, heads, key_dim, value_dim, out, *, bias=True, dtype=torch.float32):
+        def normal(*shape):
+            return (torch.randn(*shape) * shape[-1] ** -0.5).to(dtype)
+
+        key_size, value_size = heads * key_dim, heads * value_dim
+        return cls(
+            normal(key_size, channels),
+            normal(key_size) if bias else None,
+            normal(key_size + value_size, channels),
+            normal(key_size + value_size) if bias else None,
+            normal(out, value_size),
+            normal(out) if bias else None,
+            torch.randn(2, channels).to(dtype),
+            heads,
+        )
+
+    def to(self, dtype):
+        return Weights(*(t if t is None else t.to(dtype) for t in list(vars(self).values())[:-1]), self.heads)
+
+    @property
+    def projections(self):
+        return self.w_q, self.b_q, self.w_kv, self.b_kv, self.w_o, self.b_o
+
+
+def slow_pool(features, w: Weights, grid, window=(2, 2), mask=None):
+    """The definition, one window at a time, one slot at a time."""
+    x = torch.cat(list(features), dim=-1)
+    tiles, _, channels = x.shape
+    rows, cols = grid
+    down, across = math.ceil(rows / window[0]), math.ceil(cols / window[1])
+    key_size = w.w_q.shape[0]
+    key_dim = key_size // w.heads
+    zero = x.new_zeros(1)
+    result = []
+    for t in range(tiles):
+        for i in range(down * across):
+            slots = []
+            for r in range(window[0]):
+                for c in range(window[1]):
+                    row, col = i // across * window[0] + r, i % across * window[1] + c
+                    if row >= rows or col >= cols:
+                        slots.append(x.new_zeros(channels))
+                        continue
+                    slot = x[t, row * cols + col]
+                    if mask is not None:
+                        value = mask[t, row * cols + col].item()
+                        if value == 0:
+                            slot = slot + w.pad_embed[0]
+                        elif value < 1:
+                            slot = slot + w.pad_embed[1]
+                    slots.append(slot)
+            slots = torch.stack(slots)
+            q = slots.mean(0) @ w.w_q.T + (zero if w.b_q is None else w.b_q)
+            kv = slots @ w.w_kv.T + (zero if w.b_kv is None else w.b_kv)
+            k, v = kv[:, :key_size], kv[:, key_size:]
+            heads = []
+            for qh, kh, vh in zip(q.chunk(w.heads), k.chunk(w.heads, 1), v.chunk(w.heads, 1), strict=True):
+                heads.append(torch.softmax(kh @ qh * key_dim**-0.5, 0) @ vh)
+            result.append(torch.cat(heads) @ w.w_o.T + (zero if w.b_o is None else w.b_o))
+    return torch.stack(result).view(tiles, down * across, -1)
+
+
+def random_mask(tiles, patches):
+    return torch.tensor([1.0, 0.0, 0.37, 0.999, -1.0])[torch.randint(0, 5, (tiles, patches))]
+
+
+@pytest.mark.parametrize("backend", op_backends("attention_pool"))
+class TestNumbers:
+    @pytest.mark.parametrize("grid", [(1, 1), (2, 2), (3, 5), (5, 5), (4, 7)])
+    @pytest.mark.parametrize("window", [(2, 2), (1, 3)])
+    def test_grids(self, backend, grid, window):
+        w = Weights.make(12, 2, 3, 3, 10)
+        features = torch.randn(2, 2, grid[0] * grid[1], 6)
+        mask = random_mask(2, grid[0] * grid[1])
+        with vlmkern.use_backend(backend):
+            out = ops.attention_pool(
+                list(features), *w.projections, grid=grid, num_heads=2, window=window, pad_embed=w.pad_embed, mask=mask
+            )
+        torch.testing.assert_close(out, slow_pool(features, w, grid, window, mask), rtol=1e-5, atol=1e-5)
+
+    def test_paper_form_one_head_no_biases(self, backend):
+        """Eq. 3: one head, W_V of 2d x 2d."""
+        d = 16
+        w = Weights.make(2 * d, 1, d, 2 * d, d, bias=False)
+        features = torch.randn(2, 1, 25, d)
+        with vlmkern.use_backend(backend):
+            out = ops.attention_pool(list(features), *w.projections, grid=(5, 5), num_heads=1)
+        torch.testing.assert_close(out, slow_pool(features, w, (5, 5)), rtol=1e-5, atol=1e-5)
+
+    def test_one_head_form_is_not_the_released_form(self, backend):
+        w = Weights.make(32, 4, 4, 4, 16)
+        features = torch.randn(2, 1, 16, 16)
+        with vlmkern.use_backend(backend):
+            four = ops.attention_pool(list(features), *w.projections, grid=(4, 4), num_heads=4)
+            one = ops.attention_pool(list(features), *w.projections, grid=(4, 4), num_heads=1)
+        assert (four - one).abs().max() > 1e-3
+
+    @pytest.mark.parametrize("dtype", LOW_PRECISION)
+    def test_low_precision_at_released_sizes(self, backend, dtype):
+        w = Weights.make(2304, 16, 72, 72, 1152, dtype=dtype)
+        features, mask = torch.randn(2, 1, 25, 1152).to(dtype), random_mask(1, 25)
+
+        def run(t):
+            wt = w.to(t)
+            with vlmkern.use_backend("reference"):
+                return ops.attention_pool(
+                    list(features.to(t)), *wt.projections, grid=(5, 5), num_heads=16, pad_embed=wt.pad_embed, mask=mask
+                )
+
+        with vlmkern.use_backend(backend):
+            out = ops.attention_pool(
+                list(features), *w.projections, grid=(5, 5), num_heads=16, pad_embed=w.pad_embed, mask=mask
+            )
+        low_precision_close(out, run)
+
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.int64, torch.bool, torch.int8])
+    def test_mask_is_compared_in_its_own_dtype(self, backend, dtype):
+        """0.999 is 1.0 in bfloat16: the mask must not be cast to the features' dtype."""
+        w = Weights.make(8, 1, 4, 4, 4, dtype=torch.bfloat16)
+        features = [torch.randn(1, 4, 8).bfloat16()]
+        mask = torch.tensor([[1.0, 0.0, 0.999, -1.0]]).to(dtype)
+        with vlmkern.use_backend(backend):
+            out = ops.attention_pool(
+                features, *w.projections, grid=(2, 2), num_heads=1, pad_embed=w.pad_embed, mask=mask
+            )
+        wide = w.to(torch.float32)
+        expected = slow_pool([f.float() for f in features], wide, (2, 2), mask=mask)
+        torch.testing.assert_close(out.float(), expected, rtol=0.05, atol=0.05)
+        other = slow_pool([f.float() for f in features], wide, (2, 2), mask=torch.ones(1, 4))
+        assert (out.float() - other).abs().max() > 0.1
+
+    def test_keep_selects_in_order_with_repeats(self, backend):
+        w = Weights.make(12, 2, 3, 3, 10)
+        features, mask = torch.randn(2, 3, 15, 6), random_mask(3, 15)
+        options = dict(grid=(3, 5), num_heads=2, pad_embed=w.pad_embed, mask=mask)
+        keep = torch.tensor([17, 0, 5, 5, 11])
+        with vlmkern.use_backend(backend):
+            whole = ops.attention_pool(list(features), *w.projections, **options).flatten(0, 1)
+            kept = ops.attention_pool(list(features), *w.projections, **options, keep=keep)
+        torch.testing.assert_close(kept, whole[keep], rtol=1e-5, atol=1e-6)
+
+    def test_windows_that_are_not_kept_are_not_read(self, backend):
+        w = Weights.make(12, 2, 3, 3, 10)
+        features = torch.randn(2, 2, 16, 6)
+        features[:, 1] = float("nan")
+        with vlmkern.use_backend(backend):
+            out = ops.attention_pool(list(features), *w.projections, grid=(4, 4), num_heads=2, keep=torch.tensor([0, 3]))
+        assert out.isfinite().all()
+
+    def test_strided_features(self, backend):
+        w = Weights.make(12, 2, 3, 3, 10)
+        wide = torch.randn(4, 15, 14)
+        halves = [wide[::2, :, 1:7], wide[::2, :, 8:14]]
+        with vlmkern.use_backend(backend):
+            out = ops.attention_pool(halves, *w.projections, grid=(3, 5), num_heads=2)
+        torch.testing.assert_close(out, slow_pool(halves, w, (3, 5)), rtol=1e-5, atol=1e-5)
+
+    @pytest.mark.parametrize(("tiles", "keep", "shape"), [(0, None, (0, 6, 10)), (2, [], (0, 10)), (0, [], (0, 10))])
+    def test_empty(self, backend, tiles, keep, shape):
+        w = Weights.make(12, 2, 3, 3, 10)
+        features = torch.randn(2, tiles, 15, 6)
+        keep = None if keep is None else torch.tensor(keep, dtype=torch.int64)
+        with vlmkern.use_backend(backend):
+            out = ops.attention_pool(list(features), *w.projections, grid=(3, 5), num_heads=2, keep=keep)
+        assert out.shape == shape
+
+    @settings(max_examples=40, deadline=None)
+    @given(st.permutations(range(4)), st.integers(1, 3), st.integers(1, 3))
+    def test_permuting_tiles_permutes_outputs(self, backend, order, layers, heads):
+        w = Weights.make(4 * layers, heads, 3, 2, 5)
+        features = torch.randn(layers, 4, 9, 4)
+        options = dict(grid=(3, 3), num_heads=heads)
+        with vlmkern.use_backend(backend):
+            out = ops.attention_pool(list(features), *w.projections, **options)
+            permuted = ops.attention_pool(list(features[:, list(order)]), *w.projections, **options)
+        torch.testing.assert_close(permuted, out[list(order)], rtol=1e-5, atol=1e-6)
+
+
+def problem(dtype=torch.float64, requires_grad=True):
+    """Small sizes with every option in use."""
+    w = Weights.make(8, 2, 3, 5, 6, dtype=dtype)
+    features = [torch.randn(2, 15, 4, dtype=dtype) for _ in range(2)]
+    mask = random_mask(2, 15)
+    tensors = [*features, *w.projections, w.pad_embed]
+    for tensor in tensors:
+        tensor.requires_grad_(requires_grad)
+
+    def run(f0, f1, w_q, b_q, w_kv, b_kv, w_o, b_o, pad_embed, keep=None):
+        return ops.attention_pool(
+            [f0, f1], w_q, b_q, w_kv, b_kv, w_o, b_o, grid=(3, 5), num_heads=2, pad_embed=pad_embed, mask=mask, keep=keep
+        )
+
+    return run, tensors, mask
+
+
+class TestGradients:
+    @pytest.mark.parametrize("keep", [None, [3, 0, 3, 11]])
+    def test_gradcheck(self, keep):
+        run, tensors, _ = problem()
+        keep = None if keep is None else torch.tensor(keep)
+        assert torch.autograd.gradcheck(lambda *t: run(*t, keep=keep), tensors)
+
+    def test_gradcheck_paper_form(self):
+        w = Weights.make(8, 1, 4, 8, 4, bias=False, dtype=torch.float64)
+        features = torch.randn(1, 4, 8, dtype=torch.float64, requires_grad=True)
+        weights = [t.requires_grad_() for t in (w.w_q, w.w_kv, w.w_o)]
+        assert torch.autograd.gradcheck(
+            lambda f, q, kv, o: ops.attention_pool([f], q, None, kv, None, o, None, grid=(2, 2), num_heads=1),
+            (features, *weights),
+        )
+
+    def test_frozen_features(self):
+        run, tensors, _ = problem(torch.float32)
+        for tensor in tensors[:2]:
+            tensor.requires_grad_(False)
+        run(*tensors).sum().backward()
+        assert all(t.grad is None for t in tensors[:2]) and all(t.grad is not None for t in tensors[2:])
+
+    def test_one_trained_feature_of_two(self):
+        run, tensors, _ = problem(torch.float64)
+        full = torch.autograd.grad(run(*tensors).square().sum(), tensors[1])
+        for tensor in (tensors[0], *tensors[2:]):
+            tensor.requires_grad_(False)
+        run(*tensors).square().sum().backward()
+        torch.testing.assert_close(tensors[1].grad, full[0])
+
+    def test_double_backward_raises(self):
+        run, tensors, _ = problem()
+        (gradient,) = torch.autograd.grad(run(*tensors).square().sum(), tensors[0], create_graph=True)
+        with pytest.raises(NotImplementedError, match="first-order"):
+            gradient.sum().backward()
+
+
+class TestRegistration:
+    @pytest.mark.parametrize("keep", [None, [3, 0, 11]])
+    def test_opcheck(self, keep):
+        _, (f0, f1, w_q, b_q, w_kv, b_kv, w_o, b_o, pad_embed), mask = problem(torch.float32)
+        keep = None if keep is None else torch.tensor(keep)
+        torch.library.opcheck(OP, ([f0, f1], w_q, b_q, w_kv, b_kv, w_o, b_o, [3, 5], 2, [2, 2], pad_embed, mask, keep))
+
+    def test_meta(self):
+        w = Weights.make(12, 2, 3, 3, 10)
+        features = [torch.empty(2, 15, 6, device="meta")] * 2
+        projections = [t.to("meta") for t in w.projections]
+        assert ops.attention_pool(features, *projections, grid=(3, 5), num_heads=2).shape == (2, 6, 10)
+
+    def test_autocast_leaves_the_mask_alone(self):
+        run, tensors, _ = problem(torch.float32, requires_grad=False)
+        with torch.autocast("cpu", torch.bfloat16):
+            out = run(*tensors)
+        assert torch.equal(out, run(*(t.bfloat16() for t in tensors)))
+
+    def test_compile_fullgraph_without_recompiling(self):
+        torch._dynamo.reset()
+        w = Weights.make(12, 2, 3, 3, 10)
+
+        def pool(features, keep):
+            return ops.attention_pool(list(features.unbind(0)), *w.projections, grid=(3, 5), num_heads=2, keep=keep) + 1
+
+        compiled = torch.compile(pool, fullgraph=True, dynamic=True, backend="aot_eager")
+        for tiles in (2, 3, 5):
+            features, keep = torch.randn(2, tiles, 15, 6), torch.arange(2 * tiles)
+            with torch.compiler.set_stance("fail_on_recompile" if tiles == 5 else "default"):
+                torch.testing.assert_close(compiled(features, keep), pool(features, keep))
+
+    def test_bad_keep_raises_inside_a_compiled_graph(self):
+        torch._dynamo.reset()
+        run, tensors, _ = problem(torch.float32)
+        compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+        with pytest.raises(ValueError, match="keep: got indices from 0 to 12, expected 0 to 11"):
+            compiled(*tensors, keep=torch.tensor([0, 12]))
+
+
+def test_errors():
+    w = Weights.make(12, 2, 3, 3, 10)
+    good = [torch.randn(2, 15, 6) for _ in range(2)]
+    mask = torch.ones(2, 15)
+
+    def check(error, message, features=good, grid=(3, 5), num_heads=2, window=(2, 2), **changes):
+        arguments = {n: changes.pop(n, getattr(w, n)) for n in ("w_q", "b_q", "w_kv", "b_kv", "w_o", "b_o")}
+        with pytest.raises(error, match=message):
+            ops.attention_pool(features, *arguments.values(), grid=grid, num_heads=num_heads, window=window, **changes)
+
+    check(ValueError, "features: got no tensors", features=[])
+    check(ValueError, r"features\[1\]: got shape \[2, 14, 6\]", features=[good[0], good[1][:, :14]])
+    check(TypeError, r"features\[1\]: got dtype torch.float64", features=[good[0], good[1].double()])
+    check(TypeError, r"features\[0\]: got dtype torch.int64", features=[g.long() for g in good])
+    check(ValueError, r"features\[0\]: got strides", features=[torch.randn(2, 6, 15).mT] * 2)
+    check(ValueError, r"expected N = grid\[0\] \* grid\[1\] = 16", grid=(4, 4))
+    check(ValueError, "grid: got", grid=(0, 15))
+    check(ValueError, "window: got", window=(2, 0))
+    check(ValueError, "num_heads: got 0", num_heads=0)
+    check(ValueError, "w_q: got an inner size of 6, expected a multiple of num_heads = 4", num_heads=4)
+    check(ValueError, r"w_q: got shape \[6, 6\], expected \[6, 12\]", features=good, w_q=torch.randn(6, 6))
+    check(ValueError, r"w_kv: got shape \[11, 12\]", w_kv=torch.randn(11, 12))
+    check(ValueError, r"b_kv: got shape \[11\]", b_kv=torch.randn(11))
+    check(TypeError, "w_o: got dtype torch.float64", w_o=w.w_o.double())
+    check(ValueError, "pad_embed: got None, expected a tensor, as mask is given", mask=mask)
+    check(ValueError, "mask: got None, expected a tensor, as pad_embed is given", pad_embed=w.pad_embed)
+    check(ValueError, r"mask: got shape \[2, 14\]", pad_embed=w.pad_embed, mask=mask[:, :14])
+    check(TypeError, "mask: got dtype torch.complex64", pad_embed=w.pad_embed, mask=mask.to(torch.complex64))
+    check(TypeError, "keep: got dtype torch.int32", keep=torch.zeros(1, dtype=torch.int32))
+    check(ValueError, r"keep: got shape \[1, 1\]", keep=torch.zeros(1, 1, dtype=torch.int64))
+    check(ValueError, "keep: got indices from -1 to 3", keep=torch.tensor([3, -1]))
+    check(ValueError, "keep: got indices from 0 to 12, expected 0 to 11", keep=torch.tensor([0, 12]))
