@@ -67,7 +67,7 @@ def test_agrees_with_the_released_scheme(stored, size, do_resize):
         expected = truth["thumbnail_levels"] / np.float32(255) * 2 - 1
         error = np.abs(inputs.crops.numpy() - expected[None])
     assert error.max() <= tolerance
-    assert (error > 1e-5).mean() <= 1e-3
+    assert (error > 1e-5).mean() <= 5e-3
 
 
 def check_description(processor, image):

@@ -174,16 +174,18 @@ def test_floats_that_are_all_nan_are_refused():
         load_image(Image.fromarray(np.full((2, 2), np.nan, dtype=np.float32)))
 
 
+@pytest.mark.parametrize("file_format", ["PNG", "TIFF", "WEBP"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_exif_rotation_is_applied(picture, orientation):
+def test_exif_rotation_is_applied(picture, orientation, file_format):
     tag = Image.Exif()
     tag[0x0112] = orientation
     stored = picture.transpose(TRANSPOSES[orientation]) if orientation > 1 else picture
-    loaded = load_image(encoded(stored, "PNG", exif=tag))
+    loaded = load_image(encoded(stored, file_format, exif=tag, lossless=True))
     assert np.array_equal(loaded, picture)
     assert np.array_equal(load_image(loaded), picture)
 
 
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
 def test_a_damaged_exif_block_does_not_spoil_the_picture(picture):
     data = encoded(picture, "JPEG", exif=b"Exif\x00\x00II*\x00\xff\xff\xff\xff garbage")
     assert load_image(data).size == picture.size
@@ -196,6 +198,7 @@ def test_the_first_frame_of_an_animation_is_taken(file_format):
     assert pixel(data) == (255, 0, 0)
 
 
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
 @pytest.mark.parametrize("file_format", ["PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF", "PPM"])
 def test_truncated_files_are_refused(picture, file_format, tmp_path):
     data = encoded(picture.resize((64, 64)), file_format)
@@ -214,7 +217,7 @@ def test_unusable_paths_are_named(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     cases = {
         "missing.png": "no such file",
-        "empty.png": "empty",
+        "empty.png": "0 bytes",
         "notes.png": "not an image",
         "folder": "directory",
         "pipe": "not a regular file",
@@ -226,6 +229,15 @@ def test_unusable_paths_are_named(tmp_path):
             load_image(tmp_path / name)
         message = str(caught.value)
         assert name in message and reason in message and "\n" not in message
+
+
+def test_a_truncated_file_with_a_rotation_is_refused_too(picture):
+    tag = Image.Exif()
+    tag[0x0112] = 6
+    for file_format in ("JPEG", "TIFF"):
+        data = encoded(picture.resize((64, 64)), file_format, exif=tag)
+        with pytest.raises(ImageError, match="truncated"):
+            load_image(data[:-200])
 
 
 def test_addresses_are_not_taken_for_paths():

@@ -99,9 +99,12 @@ def test_choice_of_tiling_is_that_of_float32(height, width, max_crops):
         (1000, 112, (4, 1)),
         (1, 1, (1, 1)),
         (5000, 113, (12, 1)),
+        # a float64 quotient would tell these sides from a whole ratio and take one more column
+        (10_958_167, 10_958_168, (3, 3)),
+        (4_152_921, 10_382_135, (2, 5)),
     ],
 )
-def test_sides_around_the_margin(height, width, expected):
+def test_choice_at_the_edges(height, width, expected):
     assert choose_tiling(height, width) == expected == reference_tiling(height, width)
 
 

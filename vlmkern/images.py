@@ -173,6 +173,7 @@ def _decode(image: Image.Image, name: str, max_pixels: int | None) -> Image.Imag
             "pass a larger max_pixels if you trust it"
         )
     try:
+        # decoded before rotation is looked at: damaged pixels must not pass for a damaged tag
         image.load()
         return _to_rgb(_upright(image), image.format)
     except (ImageError, MemoryError):

@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 DROPPED = -10_000
 """Target position of a pooled window that becomes no token."""
 
+# whatever the caller's default dtype and device are
+_FLOATS: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
+
 # what the processor does, as preprocessor_config.json spells it; another value there would mean other pixels
 _FIXED_SETTINGS: dict[str, Any] = {
     "cropping_method": "overlap-and-resize",
@@ -223,7 +226,7 @@ class JinaVLMImageProcessor:
         """
         pixels = torch.from_numpy(rgb_array(image))
         plan = self.plan(width=pixels.shape[1], height=pixels.shape[0])
-        masks = torch.ones(plan.crops, self.geometry.patches_per_crop)
+        masks = torch.ones(plan.crops, self.geometry.patches_per_crop, **_FLOATS)
         # the released model was trained with its mask rows one crop off: the row meant as batch padding falls
         # on the last tile, so that all its patches carry the connector's "partly padded" embedding
         masks[-1] = -1.0
@@ -245,7 +248,7 @@ class JinaVLMImageProcessor:
         thumbnail, canvas = resized[0], resized[-1]
 
         side, patch = geometry.patches_per_side, geometry.patch_size
-        crops = torch.empty(plan.crops, side, side, patch, patch, 3)
+        crops = torch.empty(plan.crops, side, side, patch, patch, 3, **_FLOATS)
         views = [thumbnail]
         for tile in plan.tiles():
             left, top, right, bottom = tile.canvas_box
@@ -257,19 +260,17 @@ class JinaVLMImageProcessor:
 
     def _positions(self, plan: TilePlan) -> torch.Tensor:
         rows, cols = self.geometry.window_grid
-        # a grid's rows each end in a column token, hence the "+ 1" in both
-        thumbnail = 1 + torch.arange(rows)[:, None] * (cols + 1) + torch.arange(cols)
+        # each row of a grid ends in a column token, and a start token comes before it
+        thumbnail = torch.arange(rows * (cols + 1), device="cpu").view(rows, cols + 1)[:, :-1]
         grid_rows, grid_cols = plan.grid
-        start = self.geometry.thumbnail_tokens + 1
-        grid = start + torch.arange(grid_rows)[:, None] * (grid_cols + 1) + torch.arange(grid_cols)
+        grid = torch.arange(grid_rows * (grid_cols + 1), device="cpu").view(grid_rows, grid_cols + 1)[:, :-1]
 
-        positions = torch.full((plan.crops, rows, cols), DROPPED)
-        positions[0] = thumbnail
+        positions = torch.full((plan.crops, rows, cols), DROPPED, device="cpu")
+        positions[0] = thumbnail + 1
         for target, tile in zip(positions[1:], plan.tiles(), strict=True):
             (row, height), (col, width) = tile.kept_rows, tile.kept_cols
-            target[row : row + height, col : col + width] = grid[
-                tile.grid_row : tile.grid_row + height, tile.grid_col : tile.grid_col + width
-            ]
+            kept = grid[tile.grid_row :, tile.grid_col :][:height, :width]
+            target[row : row + height, col : col + width] = kept + self.geometry.thumbnail_tokens + 1
         return positions.flatten(1)
 
     def _tokens(self, plan: TilePlan) -> torch.Tensor:
@@ -278,7 +279,7 @@ class JinaVLMImageProcessor:
             tokens.append(self.im_start_token_id)
             tokens += ([self.im_patch_token_id] * cols + [self.im_col_token_id]) * rows
             tokens.append(self.im_end_token_id)
-        return torch.tensor(tokens)
+        return torch.tensor(tokens, device="cpu")
 
 
 def read_json(directory: str | os.PathLike[str], name: str) -> dict[str, Any]:
@@ -310,7 +311,7 @@ def _resize(image: torch.Tensor, sizes: Sequence[Span]) -> list[torch.Tensor]:
         float32 [height, width, 3] each. A uint8 image gives whole levels 0 to 255, halves rounded to even;
         a float image in [0, 1] stays unrounded.
     """
-    results = [torch.empty(*size, 3) for size in sizes]
+    results = [torch.empty(*size, 3, **_FLOATS) for size in sizes]
     for channel in range(3):
         # one float plane at a time: a third of the memory, and bit for bit the same as all three at once
         plane = image[None, None, :, :, channel].float()

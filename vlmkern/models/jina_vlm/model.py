@@ -104,7 +104,7 @@ class JinaVLM(nn.Module):
         rows = self._encode(crops, image_masks, keep)
         if keep is not None:
             rows = rows.new_zeros(batch * tiles * windows, rows.shape[-1]).index_copy(0, keep, rows)
-        return rows.view(batch, tiles, windows, -1)
+        return rows.view(batch, tiles, windows, rows.shape[-1])
 
     def forward(
         self,

@@ -139,6 +139,8 @@ class JinaVLMProcessor:
             - image_input_idx: int64 [B, T, M], positions in ``input_ids``, -10000 where dropped; or None
             - attention_mask: int64 [B, S], 0 for padding
 
+            All are on the CPU.
+
         Raises:
             ValueError: markers and pictures that do not match, an empty batch, text that encodes to an id
                 reserved for pictures, or an unusable picture.
@@ -146,9 +148,9 @@ class JinaVLMProcessor:
         """
         sequences = [self._encode(text, pictures) for text, pictures in _batch(prompt, images)]
         length = max(len(sequence.ids) for sequence in sequences)
-        input_ids = torch.full((len(sequences), length), -1)
+        input_ids = torch.full((len(sequences), length), -1, device="cpu")
         for row, sequence in zip(input_ids, sequences, strict=True):
-            row[length - len(sequence.ids) :] = torch.tensor(sequence.ids)
+            row[length - len(sequence.ids) :] = torch.tensor(sequence.ids, device="cpu")
         batch: dict[str, torch.Tensor | None] = dict.fromkeys(
             ("input_ids", "crops", "image_masks", "image_input_idx", "attention_mask")
         )
@@ -234,13 +236,13 @@ class JinaVLMProcessor:
         if text == prompt and texts[-1][-1:] == [self.image_processor.eos_token_id]:
             texts[-1].pop()
         sequence = _Sequence([self.image_processor.bos_token_id, *texts[0]], [], [], [])
-        for image, text in zip(images, texts[1:], strict=True):
+        for image, following in zip(images, texts[1:], strict=True):
             inputs = self.image_processor.preprocess(image)
             sequence.crops.append(inputs.crops)
             sequence.masks.append(inputs.image_masks)
             sequence.positions.append(_shift(inputs.image_input_idx, len(sequence.ids)))
             sequence.ids.extend(inputs.tokens.tolist())
-            sequence.ids.extend(text)
+            sequence.ids.extend(following)
         return sequence
 
     def _text_ids(self, text: str) -> list[int]:

@@ -1,0 +1,45 @@
+# Needs Python >= 3.10, a C++ compiler and make; everything else goes into .venv.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+NATIVE := CMakeLists.txt $(shell find csrc -type f)
+
+.PHONY: setup demo test bench lint format dist clean
+
+setup: $(STAMP)
+
+$(BIN)/python:
+	$(PYTHON) -c 'import sys; sys.exit("Python >= 3.10 is needed, this is " + sys.version.split()[0] if sys.version_info < (3, 10) else 0)'
+	$(PYTHON) -m venv $(VENV)
+
+$(STAMP): pyproject.toml constraints.txt $(NATIVE) | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --editable '.[test]' --constraint constraints.txt
+	touch $@
+
+demo: setup
+	$(BIN)/vlmkern demo
+
+test: setup
+	$(BIN)/python -m pytest
+
+bench: setup
+	mkdir -p bench/out
+	$(BIN)/python -m pytest bench --benchmark-only --benchmark-json=bench/out/latest.json --quiet
+	$(BIN)/python bench/report.py bench/out/latest.json
+
+lint: setup
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+format: setup
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+# an sdist, and a wheel built from that sdist
+dist: setup
+	rm -rf dist
+	$(BIN)/python -m build --outdir dist
+
+clean:
+	rm -rf $(VENV) build dist bench/out

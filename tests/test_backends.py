@@ -1,0 +1,124 @@
+"""Choosing a backend, and what is said when one is not there."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+
+import vlmkern
+from vlmkern import ops
+
+
+def run_python(code, **environment):
+    """Runs code in a fresh interpreter; returns the finished process."""
+    return subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True, text=True, timeout=120
+    )
+
+
+def test_report():
+    report = vlmkern.backends()
+    assert set(report) == {"reference", "native", "triton", "cuda"}
+    assert report["reference"]["available"] is True
+    assert all(isinstance(entry["available"], bool) and ("reason" in entry) != entry["available"] for entry in report.values())
+    assert isinstance(report["native"]["isa"], str)
+    json.dumps(report)
+
+
+def test_unknown_name():
+    with pytest.raises(ValueError, match="use_backend: got 'fast', expected one of auto, reference, native, triton, cuda"), vlmkern.use_backend("fast"):
+        pass
+
+
+def test_cuda_raises_until_it_ships():
+    with pytest.raises(vlmkern.BackendUnavailable, match="cuda"), vlmkern.use_backend("cuda"):
+        pass
+
+
+def test_a_named_backend_does_not_fall_back():
+    if not vlmkern.backends()["native"]["available"]:
+        pytest.skip(vlmkern.backends()["native"]["reason"])
+    x, w_up, w_down = (torch.randn(*s, dtype=torch.float64) for s in ((3, 4), (10, 4), (6, 5)))
+    with vlmkern.use_backend("native"), pytest.raises(vlmkern.BackendUnavailable, match="float64"):
+        ops.swiglu_mlp(x, w_up, w_down)
+    assert ops.swiglu_mlp(x, w_up, w_down).dtype == torch.float64
+
+
+def test_triton_on_cpu_tensors_raises():
+    q = torch.randn(1, 3, 2, 8)
+    with pytest.raises(vlmkern.BackendUnavailable, match="TRITON_INTERPRET=1|takes cuda tensors"), vlmkern.use_backend("triton"):
+        ops.swiglu_mlp(torch.randn(2, 4), torch.randn(10, 4), torch.randn(6, 5))
+        ops.attention(q, q, q)
+
+
+def test_choice_ends_with_the_block_and_belongs_to_the_thread():
+    seen = {}
+
+    def other():
+        seen["other"] = vlmkern._backends.current()
+
+    with vlmkern.use_backend("reference"):
+        with vlmkern.use_backend("auto"):
+            assert vlmkern._backends.current() == "auto"
+        assert vlmkern._backends.current() == "reference"
+        thread = threading.Thread(target=other)
+        thread.start()
+        thread.join()
+    assert seen["other"] == vlmkern._backends.current() == "auto"
+
+
+def test_backward_uses_the_backend_of_its_forward(monkeypatch):
+    used = []
+    run = vlmkern._backends.run
+    monkeypatch.setattr(vlmkern._backends, "run", lambda op, *a: (used.append((op, vlmkern._backends.current())), run(op, *a))[1])
+    q = torch.randn(1, 3, 2, 8, requires_grad=True)
+    with vlmkern.use_backend("reference"):
+        out = ops.attention(q, q, q)
+    out.sum().backward()
+    assert used == [("attention", "reference"), ("attention_bwd", "reference")]
+
+
+def test_environment_variable():
+    code = "import vlmkern, torch; q = torch.randn(1, 3, 2, 8); print(vlmkern.ops.attention(q, q, q).shape, vlmkern._backends.current())"
+    assert run_python(code, VLMKERN_BACKEND="reference").stdout.strip().endswith("reference")
+    assert "VLMKERN_BACKEND: got 'quick', expected one of" in run_python(code, VLMKERN_BACKEND="quick").stderr
+    assert "BackendUnavailable" in run_python(code, VLMKERN_BACKEND="cuda").stderr
+
+
+def test_import_is_light():
+    """No Triton, no GPU driver, no extension until something asks for them."""
+    code = (
+        "import sys, vlmkern, torch; "
+        "print('triton' in sys.modules, 'vlmkern._C' in sys.modules, 'transformers' in sys.modules, torch.cuda.is_initialized())"
+    )
+    assert run_python(code).stdout.strip() == "False False False False"
+
+
+def test_without_the_extension_ops_work_and_say_so_once():
+    code = """
+import sys, warnings
+sys.modules["vlmkern._C"] = None
+import torch, vlmkern
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    for _ in range(3):
+        y = vlmkern.ops.swiglu_mlp(torch.ones(2, 4), torch.ones(10, 4), torch.ones(6, 5))
+    print(y.shape, len(caught), caught[0].message)
+print(vlmkern.backends()["native"])
+try:
+    with vlmkern.use_backend("native"):
+        pass
+except vlmkern.BackendUnavailable as error:
+    print("raised", error)
+"""
+    result = run_python(code)
+    assert result.returncode == 0, result.stderr
+    lines = result.stdout.splitlines()
+    assert lines[0].startswith("torch.Size([2, 6]) 1 vlmkern: backend 'native' is not available")
+    assert "'available': False" in lines[1] and lines[2].startswith("raised")

@@ -1,0 +1,121 @@
+"""The C++ extension itself: every instruction set by force, strides, threads, arguments it must refuse."""
+
+from __future__ import annotations
+
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from test_backends import run_python
+
+import vlmkern
+from vlmkern.reference import swiglu_mlp as reference
+
+report = vlmkern.backends()["native"]
+pytestmark = pytest.mark.skipif(not report["available"], reason=report.get("reason", ""))
+
+CHECK_ISA = """
+import torch, vlmkern
+from vlmkern.native.swiglu_mlp import silu_mul, silu_mul_bwd
+from vlmkern.reference import swiglu_mlp as reference
+torch.manual_seed(0)
+special = torch.tensor([0.0, -0.0, torch.inf, -torch.inf, torch.nan, 1e-40, 6e-8, 65519.0, 65520.0, -65504.0, 3.3e38, -90.0, 90.0])
+for dtype, rtol in ((torch.float32, 2e-6), (torch.bfloat16, 2**-7), (torch.float16, 2**-10)):
+    for features in (1, 7, 8, 16, 31, 129):
+        up = (torch.randn(5, 2 * features) * 5).to(dtype)
+        torch.testing.assert_close(silu_mul(up), reference.silu_mul(up), rtol=rtol, atol=1e-6)
+        grad = torch.randn(5, features).to(dtype)
+        for actual, exact in zip(silu_mul_bwd(grad, up), reference.silu_mul_bwd(grad.double(), up.double())):
+            limit = {torch.float32: 1e-5, torch.bfloat16: 0.02, torch.float16: 3e-3}[dtype]
+            torch.testing.assert_close(actual.double(), exact, rtol=limit, atol=limit)
+    up = torch.cat([torch.ones(len(special)), special]).to(dtype)[None]
+    torch.testing.assert_close(silu_mul(up), reference.silu_mul(up), rtol=rtol, atol=1e-38, equal_nan=True)
+    # values that must survive every load and store exactly: silu(100) is 100, so hidden = 100 * value / 100
+    bits = torch.arange(-32768, 32768, dtype=torch.int32).to(torch.int16)
+    if dtype != torch.float32:
+        values = bits.view(dtype)[None]
+        up = torch.cat([values, torch.full_like(values, 64.0)], 1)
+        torch.testing.assert_close(silu_mul(up), reference.silu_mul(up), rtol=0, atol=0, equal_nan=True)
+print(vlmkern.backends()["native"]["isa"])
+"""
+
+
+@pytest.mark.parametrize("isa", report.get("isas", []))
+def test_every_usable_isa_by_force(isa):
+    result = run_python(CHECK_ISA, VLMKERN_CPU_ISA=isa)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == isa
+
+
+def test_isa_that_is_not_there():
+    result = run_python("import vlmkern; print(vlmkern.backends()['native']['reason'])", VLMKERN_CPU_ISA="sse9")
+    assert "VLMKERN_CPU_ISA=sse9: expected one of portable, avx2, avx512, avx512_bf16" in result.stdout
+    code = "import torch, vlmkern\nwith vlmkern.use_backend('native'): pass"
+    assert "BackendUnavailable" in run_python(code, VLMKERN_CPU_ISA="sse9").stderr
+
+
+def test_row_stride():
+    from vlmkern.native.swiglu_mlp import silu_mul
+
+    wide = torch.randn(9, 50)
+    up = wide[:, 3:37]
+    torch.testing.assert_close(silu_mul(up), reference.silu_mul(up), rtol=1e-5, atol=1e-6)
+
+
+def test_threads_change_no_bit():
+    from vlmkern.native.swiglu_mlp import silu_mul
+
+    up = torch.randn(333, 2 * 997)
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            results.append(silu_mul(up))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(results[0], result) for result in results[1:])
+
+
+def test_concurrent_calls():
+    from vlmkern.native.swiglu_mlp import silu_mul
+
+    inputs = [torch.randn(64, 2 * 513) for _ in range(16)]
+    with ThreadPoolExecutor(4) as pool:
+        outputs = list(pool.map(silu_mul, inputs))
+    for up, out in zip(inputs, outputs, strict=True):
+        assert torch.equal(out, silu_mul(up))
+
+
+def test_writes_only_its_output():
+    """Guards of NaN around the output stay."""
+    extension = vlmkern.native.extension()
+    up = torch.randn(3, 2 * 13)
+    buffer = torch.full((3 * 13 + 32,), torch.nan)
+    out = buffer[16:-16]
+    extension.silu_mul_fwd(0, up.data_ptr(), 26, out.data_ptr(), 3, 13, 1)
+    assert buffer[:16].isnan().all() and buffer[-16:].isnan().all() and out.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((7, 64, 26, 64, 3, 13, 1), "dtype"),
+        ((0, 64, 26, 64, -1, 13, 1), "negative"),
+        ((0, 64, 25, 64, 3, 13, 1), "up_stride: got 25, expected at least 2"),
+        ((0, 64, 2**62, 64, 3, 13, 1), "up_stride"),
+        ((0, 64, 2**63 - 1, 64, 1, 2**62, 1), "up_stride"),
+        ((0, 0, 26, 64, 3, 13, 1), "null pointer"),
+    ],
+)
+def test_refuses_arguments_that_describe_no_memory(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        vlmkern.native.extension().silu_mul_fwd(*arguments)
+
+
+def test_empty_touches_nothing():
+    extension = vlmkern.native.extension()
+    extension.silu_mul_fwd(0, 0, 26, 0, 0, 13, 1)
+    extension.silu_mul_fwd(0, 0, 0, 0, 5, 0, 1)
+    assert sys.modules["vlmkern._C"] is extension

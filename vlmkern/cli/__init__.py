@@ -1,0 +1,136 @@
+"""The `vlmkern` command. Exit status: 0 done, 2 bad input (one line on stderr), 130 interrupted."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from .. import __version__
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; returns its exit status."""
+    options = _parser().parse_args(arguments)
+    _refuse_large_images()
+    command: Callable[[argparse.Namespace], dict[str, Any] | None] = options.command
+    try:
+        report = command(options)
+        if options.json:
+            print(json.dumps(report))
+            sys.stdout.flush()
+    except KeyboardInterrupt:
+        print("vlmkern: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # the reader of a pipe left: say nothing, also not when the interpreter flushes stdout
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        if not _is_bad_input(error) or os.environ.get("VLMKERN_TRACEBACK") == "1":
+            raise
+        print(f"vlmkern: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _refuse_large_images() -> None:
+    # Pillow warns of a possible decompression bomb before it refuses a larger one; as an error, both are one line
+    import warnings
+
+    from PIL import Image
+
+    warnings.simplefilter("error", Image.DecompressionBombWarning)
+
+
+def _is_bad_input(error: Exception) -> bool:
+    from .. import BackendUnavailable
+
+    return isinstance(error, (ValueError, OSError, BackendUnavailable))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="vlmkern", description="Fused kernels for vision-language models: demonstration and reports."
+    )
+    parser.add_argument("--version", action="version", version=f"vlmkern {__version__}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    def add(name: str, run: Callable[[argparse.Namespace], dict[str, Any] | None], text: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=text, description=text)
+        command.add_argument("--json", action="store_true", help="print one JSON object on stdout and nothing else there")
+        command.set_defaults(command=run)
+        return command
+
+    demo = add("demo", _demo, "Run jina-vlm on a photograph and report time, work and accuracy by stage.")
+    demo.add_argument("image", nargs="?", metavar="IMAGE", help="a picture (default: the bundled photograph)")
+    demo.add_argument(
+        "--size", choices=("tiny", "full"), default="full", help="of the random weights used without --checkpoint"
+    )
+    demo.add_argument("--checkpoint", metavar="DIR", help="a jina-vlm checkpoint directory; answers the prompt")
+    demo.add_argument("--prompt", metavar="TEXT", help="question about the picture, with --checkpoint")
+    demo.add_argument("--max-new-tokens", type=_count, metavar="N", help="default: 16, with --checkpoint 256")
+    demo.add_argument("--report", metavar="DIR", default="vlmkern-report", help="where the picture and the figures go")
+
+    tokens = add("tokens", _tokens, "Count the tokens a picture takes, without loading a model.")
+    tokens.add_argument("image", metavar="IMAGE")
+    tokens.add_argument("--max-crops", type=_positive, default=12, metavar="N", help="most tiles (default: 12)")
+
+    efficiency = add("efficiency", _efficiency, "The paper's efficiency table: as published, exact, and as released.")
+    efficiency.add_argument("--tiles", type=_positive, default=12, metavar="N", help="default: 12")
+
+    add("info", _info, "Backends, versions and this machine.")
+    return parser
+
+
+def _count(text: str) -> int:
+    return _integer(text, 0)
+
+
+def _positive(text: str) -> int:
+    return _integer(text, 1)
+
+
+def _integer(text: str, low: int) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = low - 1
+    if value < low:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected an integer of at least {low}")
+    return value
+
+
+# each command's imports stay inside it, so that --help and errors in arguments come at once
+
+
+def _demo(options: argparse.Namespace) -> dict[str, Any] | None:
+    from .demo import run
+
+    return run(options)
+
+
+def _tokens(options: argparse.Namespace) -> dict[str, Any] | None:
+    from .tokens import run
+
+    return run(options)
+
+
+def _efficiency(options: argparse.Namespace) -> dict[str, Any] | None:
+    from rich.console import Console
+
+    from ..efficiency import efficiency_rows, render
+
+    rows = efficiency_rows(options.tiles)
+    if not options.json:
+        Console().print(render(rows))
+    return {"tiles": options.tiles, "rows": rows}
+
+
+def _info(options: argparse.Namespace) -> dict[str, Any] | None:
+    from .info import run
+
+    return run(options)

@@ -1,0 +1,72 @@
+"""`vlmkern info`: backends, versions and this machine."""
+
+from __future__ import annotations
+
+import argparse
+import platform
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from .. import __version__, backends
+
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    """Prints a table, unless JSON is wanted: `vlmkern.backends()` plus `versions` and `machine`."""
+    report: dict[str, Any] = backends()
+    report["versions"] = {
+        "vlmkern": __version__,
+        "python": platform.python_version(),
+        **{name: _version(name) for name in ("torch", "triton", "numpy", "pillow", "transformers")},
+    }
+    report["machine"] = {"cpu": _cpu(), "platform": platform.platform(), "threads": torch.get_num_threads()}
+    if not options.json:
+        _print(report)
+    return report
+
+
+def _print(report: dict[str, Any]) -> None:
+    console = Console()
+    table = Table("backend", "available", "kernels", "details", title="Backends", title_justify="left")
+    for name in ("reference", "native", "triton", "cuda"):
+        entry = report[name]
+        kernels = ", ".join(op for op in entry["ops"] if not op.endswith("_bwd")) or "none"
+        table.add_row(name, "yes" if entry["available"] else "no", kernels, _details(name, entry))
+    console.print(table)
+    for heading in ("versions", "machine"):
+        table = Table(show_header=False, box=None, title=heading.capitalize(), title_justify="left", pad_edge=False)
+        for name, value in report[heading].items():
+            table.add_row(name, str(value or "not installed"))
+        console.print(table)
+
+
+def _details(name: str, entry: dict[str, Any]) -> str:
+    parts = [entry["reason"]] if "reason" in entry else []
+    if name == "native" and entry["available"]:
+        parts.append(f"{entry['isa']} in use; usable: {', '.join(entry['isas'])}; {entry['threads']} threads")
+    if name == "triton" and entry["interpreter"]:
+        parts.append("interpreted on CPU")
+    if name == "cuda":
+        parts.append("; ".join(entry.get("devices", [])) or "compiled" if entry["compiled"] else "not compiled")
+    return "; ".join(parts) or "plain torch, any device"
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
