@@ -22,7 +22,12 @@ def sdpa(q, k, v):
     return F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v))).transpose(1, 2)
 
 
-PROVIDERS = {"eager": lambda: eager, "sdpa": lambda: sdpa, "compile": lambda: compiled(eager), "vlmkern": lambda: ops.attention}
+PROVIDERS = {
+    "eager": lambda: eager,
+    "sdpa": lambda: sdpa,
+    "compile": lambda: compiled(eager),
+    "vlmkern": lambda: ops.attention,
+}
 
 
 @pytest.mark.parametrize("provider", PROVIDERS)

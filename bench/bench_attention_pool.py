@@ -45,7 +45,10 @@ def bench_attention_pool_fwd(benchmark, shape, dtype, provider):
         (torch.randn(rows, columns) * columns**-0.5).to(DTYPES[dtype])
         for rows, columns in ((key_size, 2 * WIDTH), (key_size + value_size, 2 * WIDTH), (WIDTH, value_size))
     )
-    function, exact = PROVIDERS[provider](), eager(features.float(), w_q.float(), w_kv.float(), w_o.float(), heads)
+    function, exact = (
+        PROVIDERS[provider](),
+        eager(features.float(), w_q.float(), w_kv.float(), w_o.float(), heads),
+    )
     windows = 196 * tiles
     flops = 2 * windows * (w_q.numel() + 4 * w_kv.numel() + w_o.numel())
     inputs = list(features.unbind(0))

@@ -32,7 +32,8 @@ def bench_swiglu_mlp_fwd(benchmark, shape, dtype, provider):
     rows, channels, hidden, out = SHAPES[shape]
     benchmark.group = f"swiglu_mlp fwd {shape} {dtype}"
     x, w_up, w_down = (
-        (torch.randn(n, c) * c**-0.5).to(DTYPES[dtype]) for n, c in ((rows, channels), (2 * hidden, channels), (out, hidden))
+        (torch.randn(n, c) * c**-0.5).to(DTYPES[dtype])
+        for n, c in ((rows, channels), (2 * hidden, channels), (out, hidden))
     )
     function, exact = PROVIDERS[provider](), eager(x.float(), w_up.float(), w_down.float())
     flops = 2 * rows * (w_up.numel() + w_down.numel())

@@ -15,7 +15,15 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _LIMIT = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 
 
-def run_case(benchmark: Any, call: Callable[[], Tensor], exact: Tensor, dtype: torch.dtype, *, flops: int, rounds: int = 5) -> None:
+def run_case(
+    benchmark: Any,
+    call: Callable[[], Tensor],
+    exact: Tensor,
+    dtype: torch.dtype,
+    *,
+    flops: int,
+    rounds: int = 5,
+) -> None:
     """Checks the result against `exact` (float32), then times `call` on one thread in CPU seconds."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

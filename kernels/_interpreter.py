@@ -88,7 +88,9 @@ def _refuse_bit_arithmetic(interpreter: Any, builder: type) -> None:
     def guarded(plain: Any) -> Any:
         def operation(self: Any, *operands: Any) -> Any:
             if any(isinstance(x, interpreter.TensorHandle) and _is_bf16(x) for x in operands):
-                raise TypeError("bfloat16 arithmetic in Triton's interpreter works on bit patterns: cast to float32 first")
+                raise TypeError(
+                    "bfloat16 arithmetic in Triton's interpreter works on bit patterns: cast to float32 first"
+                )
             return plain(self, *operands)
 
         return operation
@@ -102,7 +104,9 @@ def _refuse_bit_arithmetic(interpreter: Any, builder: type) -> None:
     def check_tensor(self: Any, inputs: Any) -> Any:
         for value in inputs if isinstance(inputs, (tuple, list)) else (inputs,):
             if _is_bf16(value.handle):
-                raise TypeError("bfloat16 reductions in Triton's interpreter work on bit patterns: cast to float32 first")
+                raise TypeError(
+                    "bfloat16 reductions in Triton's interpreter work on bit patterns: cast to float32 first"
+                )
         return plain_check(self, inputs)
 
     reductions.check_tensor = check_tensor

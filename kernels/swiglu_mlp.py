@@ -70,7 +70,5 @@ def silu_mul_bwd(grad: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     grad_up, hidden = grad.new_empty(rows, 2 * cols), torch.empty_like(grad)
     if hidden.numel():
         grid = (rows, triton.cdiv(cols, _BLOCK))
-        swiglu_mlp_bwd_kernel[grid](
-            grad, up, grad_up, hidden, cols, up.stride(0), BLOCK=_BLOCK, num_warps=_WARPS
-        )
+        swiglu_mlp_bwd_kernel[grid](grad, up, grad_up, hidden, cols, up.stride(0), BLOCK=_BLOCK, num_warps=_WARPS)
     return grad_up, hidden

@@ -34,7 +34,9 @@ def low_precision_close(actual: Tensor, run: Callable[[torch.dtype], Tensor]) ->
     rounding = (exact.to(actual.dtype) + 0.3 - 0.3 - exact.to(actual.dtype)).abs().max().double()
     error = (actual.double() - exact).abs().max()
     assert torch.isfinite(actual).all()
-    assert error <= 2 * torch_error + 2 * rounding, f"error {error:.3g}, torch {torch_error:.3g}, rounding {rounding:.3g}"
+    assert error <= 2 * torch_error + 2 * rounding, (
+        f"error {error:.3g}, torch {torch_error:.3g}, rounding {rounding:.3g}"
+    )
 
 
 def load_arrays(name: str) -> dict[str, Tensor]:

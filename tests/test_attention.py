@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -53,7 +55,7 @@ class TestNumbers:
         with vlmkern.use_backend(backend):
             out = ops.attention(q, k, v, cu_seqlens=cu_seqlens, max_seqlen=6)
             changed = ops.attention(q, k, torch.cat([v[:5], v[5:] + 100]), cu_seqlens=cu_seqlens, max_seqlen=6)
-        for start, end in zip(bounds, bounds[1:], strict=False):
+        for start, end in itertools.pairwise(bounds):
             expected = eager(q[None, start:end], k[None, start:end], v[None, start:end])[0]
             torch.testing.assert_close(out[start:end], expected, rtol=1e-5, atol=1e-5)
         assert torch.equal(out[:5], changed[:5])
@@ -101,7 +103,10 @@ class TestNumbers:
         cu_seqlens = torch.tensor([0, *torch.tensor(lengths).cumsum(0)], dtype=torch.int32)
         with vlmkern.use_backend(backend):
             out = ops.attention(q, k, v, cu_seqlens=cu_seqlens, max_seqlen=max(lengths))
-            pieces = [ops.attention(*(p[None] for p in parts))[0] for parts in zip(*(t.split(lengths) for t in (q, k, v)), strict=True)]
+            pieces = [
+                ops.attention(*(p[None] for p in parts))[0]
+                for parts in zip(*(t.split(lengths) for t in (q, k, v)), strict=True)
+            ]
         torch.testing.assert_close(out, torch.cat(pieces), rtol=1e-5, atol=1e-5)
 
 
@@ -189,9 +194,19 @@ class TestErrors:
             ((q.transpose(1, 3), q.transpose(1, 3), q.transpose(1, 3)), {}, ValueError, "q: got strides"),
             ((q, q, q), {"max_seqlen": 5}, ValueError, "max_seqlen: got 5, expected None"),
             ((packed,) * 3, {"cu_seqlens": cu}, ValueError, "max_seqlen: got None"),
-            ((packed,) * 3, {"cu_seqlens": cu.long(), "max_seqlen": 5}, TypeError, "cu_seqlens: got dtype torch.int64"),
+            (
+                (packed,) * 3,
+                {"cu_seqlens": cu.long(), "max_seqlen": 5},
+                TypeError,
+                "cu_seqlens: got dtype torch.int64",
+            ),
             ((q, q, q), {"cu_seqlens": cu, "max_seqlen": 5}, ValueError, r"expected \[T, H, D\]"),
-            ((packed,) * 3, {"cu_seqlens": cu, "max_seqlen": 4}, ValueError, "max_seqlen: got 4, expected at least"),
+            (
+                (packed,) * 3,
+                {"cu_seqlens": cu, "max_seqlen": 4},
+                ValueError,
+                "max_seqlen: got 4, expected at least",
+            ),
             ((q[..., :0],) * 3, {}, ValueError, "head dimension"),
             ((q, q.to("meta"), q), {}, ValueError, "k: got device meta, expected cpu"),
         ]

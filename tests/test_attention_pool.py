@@ -106,7 +106,13 @@ class TestNumbers:
         mask = random_mask(2, grid[0] * grid[1])
         with vlmkern.use_backend(backend):
             out = ops.attention_pool(
-                list(features), *w.projections, grid=grid, num_heads=2, window=window, pad_embed=w.pad_embed, mask=mask
+                list(features),
+                *w.projections,
+                grid=grid,
+                num_heads=2,
+                window=window,
+                pad_embed=w.pad_embed,
+                mask=mask,
             )
         torch.testing.assert_close(out, slow_pool(features, w, grid, window, mask), rtol=1e-5, atol=1e-5)
 
@@ -136,7 +142,12 @@ class TestNumbers:
             wt = w.to(t)
             with vlmkern.use_backend("reference"):
                 return ops.attention_pool(
-                    list(features.to(t)), *wt.projections, grid=(5, 5), num_heads=16, pad_embed=wt.pad_embed, mask=mask
+                    list(features.to(t)),
+                    *wt.projections,
+                    grid=(5, 5),
+                    num_heads=16,
+                    pad_embed=wt.pad_embed,
+                    mask=mask,
                 )
 
         with vlmkern.use_backend(backend):
@@ -145,7 +156,9 @@ class TestNumbers:
             )
         low_precision_close(out, run)
 
-    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.int64, torch.bool, torch.int8])
+    @pytest.mark.parametrize(
+        "dtype", [torch.float64, torch.float32, torch.bfloat16, torch.int64, torch.bool, torch.int8]
+    )
     def test_mask_is_compared_in_its_own_dtype(self, backend, dtype):
         """0.999 is 1.0 in bfloat16: the mask must not be cast to the features' dtype."""
         w = Weights.make(8, 1, 4, 4, 4, dtype=torch.bfloat16)
@@ -164,7 +177,7 @@ class TestNumbers:
     def test_keep_selects_in_order_with_repeats(self, backend):
         w = Weights.make(12, 2, 3, 3, 10)
         features, mask = torch.randn(2, 3, 15, 6), random_mask(3, 15)
-        options = dict(grid=(3, 5), num_heads=2, pad_embed=w.pad_embed, mask=mask)
+        options = {"grid": (3, 5), "num_heads": 2, "pad_embed": w.pad_embed, "mask": mask}
         keep = torch.tensor([17, 0, 5, 5, 11])
         with vlmkern.use_backend(backend):
             whole = ops.attention_pool(list(features), *w.projections, **options).flatten(0, 1)
@@ -176,7 +189,9 @@ class TestNumbers:
         features = torch.randn(2, 2, 16, 6)
         features[:, 1] = float("nan")
         with vlmkern.use_backend(backend):
-            out = ops.attention_pool(list(features), *w.projections, grid=(4, 4), num_heads=2, keep=torch.tensor([0, 3]))
+            out = ops.attention_pool(
+                list(features), *w.projections, grid=(4, 4), num_heads=2, keep=torch.tensor([0, 3])
+            )
         assert out.isfinite().all()
 
     def test_strided_features(self, backend):
@@ -201,7 +216,7 @@ class TestNumbers:
     def test_permuting_tiles_permutes_outputs(self, backend, order, layers, heads):
         w = Weights.make(4 * layers, heads, 3, 2, 5)
         features = torch.randn(layers, 4, 9, 4)
-        options = dict(grid=(3, 3), num_heads=heads)
+        options = {"grid": (3, 3), "num_heads": heads}
         with vlmkern.use_backend(backend):
             out = ops.attention_pool(list(features), *w.projections, **options)
             permuted = ops.attention_pool(list(features[:, list(order)]), *w.projections, **options)
@@ -219,7 +234,18 @@ def problem(dtype=torch.float64, requires_grad=True):
 
     def run(f0, f1, w_q, b_q, w_kv, b_kv, w_o, b_o, pad_embed, keep=None):
         return ops.attention_pool(
-            [f0, f1], w_q, b_q, w_kv, b_kv, w_o, b_o, grid=(3, 5), num_heads=2, pad_embed=pad_embed, mask=mask, keep=keep
+            [f0, f1],
+            w_q,
+            b_q,
+            w_kv,
+            b_kv,
+            w_o,
+            b_o,
+            grid=(3, 5),
+            num_heads=2,
+            pad_embed=pad_embed,
+            mask=mask,
+            keep=keep,
         )
 
     return run, tensors, mask

@@ -18,7 +18,11 @@ from vlmkern import ops
 def run_python(code, **environment):
     """Runs code in a fresh interpreter; returns the finished process."""
     return subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", code],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
 
 
@@ -26,13 +30,20 @@ def test_report():
     report = vlmkern.backends()
     assert set(report) == {"reference", "native", "triton", "cuda"}
     assert report["reference"]["available"] is True
-    assert all(isinstance(entry["available"], bool) and ("reason" in entry) != entry["available"] for entry in report.values())
+    assert all(
+        isinstance(entry["available"], bool) and ("reason" in entry) != entry["available"] for entry in report.values()
+    )
     assert isinstance(report["native"]["isa"], str)
     json.dumps(report)
 
 
 def test_unknown_name():
-    with pytest.raises(ValueError, match="use_backend: got 'fast', expected one of auto, reference, native, triton, cuda"), vlmkern.use_backend("fast"):
+    with (
+        pytest.raises(
+            ValueError, match="use_backend: got 'fast', expected one of auto, reference, native, triton, cuda"
+        ),
+        vlmkern.use_backend("fast"),
+    ):
         pass
 
 
@@ -52,7 +63,10 @@ def test_a_named_backend_does_not_fall_back():
 
 def test_triton_on_cpu_tensors_raises():
     q = torch.randn(1, 3, 2, 8)
-    with pytest.raises(vlmkern.BackendUnavailable, match="TRITON_INTERPRET=1|takes cuda tensors"), vlmkern.use_backend("triton"):
+    with (
+        pytest.raises(vlmkern.BackendUnavailable, match=r"TRITON_INTERPRET=1|takes cuda tensors"),
+        vlmkern.use_backend("triton"),
+    ):
         ops.swiglu_mlp(torch.randn(2, 4), torch.randn(10, 4), torch.randn(6, 5))
         ops.attention(q, q, q)
 
@@ -76,7 +90,11 @@ def test_choice_ends_with_the_block_and_belongs_to_the_thread():
 def test_backward_uses_the_backend_of_its_forward(monkeypatch):
     used = []
     run = vlmkern._backends.run
-    monkeypatch.setattr(vlmkern._backends, "run", lambda op, *a: (used.append((op, vlmkern._backends.current())), run(op, *a))[1])
+    monkeypatch.setattr(
+        vlmkern._backends,
+        "run",
+        lambda op, *a: (used.append((op, vlmkern._backends.current())), run(op, *a))[1],
+    )
     q = torch.randn(1, 3, 2, 8, requires_grad=True)
     with vlmkern.use_backend("reference"):
         out = ops.attention(q, q, q)
@@ -85,7 +103,10 @@ def test_backward_uses_the_backend_of_its_forward(monkeypatch):
 
 
 def test_environment_variable():
-    code = "import vlmkern, torch; q = torch.randn(1, 3, 2, 8); print(vlmkern.ops.attention(q, q, q).shape, vlmkern._backends.current())"
+    code = (
+        "import vlmkern, torch; q = torch.randn(1, 3, 2, 8); vlmkern.ops.attention(q, q, q);"
+        "print(vlmkern._backends.current())"
+    )
     assert run_python(code, VLMKERN_BACKEND="reference").stdout.strip().endswith("reference")
     assert "VLMKERN_BACKEND: got 'quick', expected one of" in run_python(code, VLMKERN_BACKEND="quick").stderr
     assert "BackendUnavailable" in run_python(code, VLMKERN_BACKEND="cuda").stderr
@@ -94,8 +115,8 @@ def test_environment_variable():
 def test_import_is_light():
     """No Triton, no GPU driver, no extension until something asks for them."""
     code = (
-        "import sys, vlmkern, torch; "
-        "print('triton' in sys.modules, 'vlmkern._C' in sys.modules, 'transformers' in sys.modules, torch.cuda.is_initialized())"
+        "import sys, vlmkern, torch; names = ('triton', 'vlmkern._C', 'transformers');"
+        "print(*(name in sys.modules for name in names), torch.cuda.is_initialized())"
     )
     assert run_python(code).stdout.strip() == "False False False False"
 

@@ -53,7 +53,7 @@ def test_sharded_with_index(directory):
     assert all(torch.equal(loaded[name], tensor) for name, tensor in state.items())
 
     (directory / "model-00002-of-00002.safetensors").unlink()
-    with pytest.raises(CheckpointError, match="missing: model-00002-of-00002.safetensors"):
+    with pytest.raises(CheckpointError, match=r"missing: model-00002-of-00002\.safetensors"):
         JinaVLM.from_pretrained(directory)
 
 
@@ -66,7 +66,11 @@ def test_missing_unknown_and_misshapen_tensors_are_all_listed(directory, rewrite
     rewrite(change)
     with pytest.raises(CheckpointError) as error:
         JinaVLM.from_pretrained(directory)
-    for part in ("1 missing: lm_head.weight", "1 not of this model: extra.weight", "ln_f.weight [3], expected [64]"):
+    for part in (
+        "1 missing: lm_head.weight",
+        "1 not of this model: extra.weight",
+        "ln_f.weight [3], expected [64]",
+    ):
         assert part in str(error.value)
 
 
@@ -125,7 +129,11 @@ class TestConfig:
             ("vision_config", None, "vision_config: missing"),
             ("vision_config", [], "vision_config: got list, expected an object"),
             ("vision_config.hidden_size", None, "vision_config.hidden_size: missing"),
-            ("vision_config.hidden_size", "big", "vision_config.hidden_size: got 'big', expected a positive integer"),
+            (
+                "vision_config.hidden_size",
+                "big",
+                "vision_config.hidden_size: got 'big', expected a positive integer",
+            ),
             ("vision_config.n_layers", 0, "vision_config.n_layers: got 0"),
             ("vision_config.use_cls_token", True, "vision_config.use_cls_token: got True, expected False"),
             ("vision_config.vit_layers", [-40], "vit_layers: got -40"),
@@ -137,7 +145,11 @@ class TestConfig:
             ("vision_config.vl_connector_config.pooling_type", "mean", "pooling_type: got 'mean'"),
             ("text_config.rope_scaling", {"factor": 2}, "rope_scaling: got"),
             ("text_config.rope_theta", -1, "rope_theta: got -1"),
-            ("text_config.block_config.lnorm_config.type", "default", "lnorm_config.type: got 'default', expected 'rms'"),
+            (
+                "text_config.block_config.lnorm_config.type",
+                "default",
+                "lnorm_config.type: got 'default', expected 'rms'",
+            ),
             ("text_config.block_config.attn_config.n_kv_heads", 3, "expected a multiple of n_kv_heads 3"),
         ],
     )

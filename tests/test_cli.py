@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -34,7 +35,10 @@ def checkpoint(tmp_path_factory):
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.save(str(directory / "tokenizer.json"))
     names = ("im_start", "im_end", "im_patch", "im_col", "image", "im_slice")
-    ids = {f"{name}_token_id": 512 + i for i, name in enumerate(names)} | {"bos_token_id": 0, "eos_token_id": 0}
+    ids = {f"{name}_token_id": 512 + i for i, name in enumerate(names)} | {
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+    }
     (directory / "preprocessor_config.json").write_text(json.dumps(ids))
     return directory
 
@@ -85,7 +89,9 @@ def test_info(capsys):
 
 
 def test_demo_with_random_weights(capsys, photo, tmp_path):
-    report = run_json(capsys, "demo", photo, "--size", "tiny", "--max-new-tokens", "3", "--report", str(tmp_path / "out"))
+    report = run_json(
+        capsys, "demo", photo, "--size", "tiny", "--max-new-tokens", "3", "--report", str(tmp_path / "out")
+    )
     assert len(report["new_ids"]) == 3 and report["image_tokens"] == 814
     stages = {stage["stage"]: stage for stage in report["stages"]}
     assert set(stages) == {"image processing", "weights", "vision tower", "connector", "prefill", "decode"}
@@ -99,7 +105,17 @@ def test_demo_with_random_weights(capsys, photo, tmp_path):
 
 def test_demo_table_and_note_on_the_prompt(capsys, photo, tmp_path):
     status, out, err = run(
-        capsys, "demo", photo, "--size", "tiny", "--max-new-tokens", "1", "--prompt", "hi", "--report", str(tmp_path)
+        capsys,
+        "demo",
+        photo,
+        "--size",
+        "tiny",
+        "--max-new-tokens",
+        "1",
+        "--prompt",
+        "hi",
+        "--report",
+        str(tmp_path),
     )
     assert status == 0 and "vision tower" in out and "random (tiny)" in out
     assert "--prompt is not used" in err
@@ -117,7 +133,7 @@ def test_demo_with_a_checkpoint(capsys, photo, checkpoint, tmp_path):
 @pytest.mark.parametrize("command", ["tokens", "demo"])
 def test_bad_images(capsys, tmp_path, photo, kind, command):
     path = tmp_path / "bad.png"
-    content = {"empty": b"", "text": b"not a picture", "truncated": open(photo, "rb").read()[:200]}
+    content = {"empty": b"", "text": b"not a picture", "truncated": Path(photo).read_bytes()[:200]}
     if kind == "directory":
         path.mkdir()
     elif kind == "ratio":
@@ -161,7 +177,9 @@ def test_bad_arguments(capsys, arguments):
 
 
 def test_as_a_program(photo):
-    result = subprocess.run([sys.executable, "-m", "vlmkern", "tokens", photo, "--json"], capture_output=True, text=True)
+    result = subprocess.run(
+        [sys.executable, "-m", "vlmkern", "tokens", photo, "--json"], capture_output=True, text=True
+    )
     assert result.returncode == 0 and json.loads(result.stdout)["crops"] == 5
     result = subprocess.run([sys.executable, "-m", "vlmkern", "tokens", "/no/such.png"], capture_output=True, text=True)
     assert result.returncode == 2 and "Traceback" not in result.stderr

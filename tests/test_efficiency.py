@@ -24,9 +24,7 @@ def tera(value):
 
 def test_rows_have_the_fixed_keys_in_the_fixed_order():
     rows = efficiency_rows()
-    assert [(r["convention"], r["quantity"]) for r in rows] == [
-        (c, q) for c in CONVENTIONS for q in QUANTITIES
-    ]
+    assert [(r["convention"], r["quantity"]) for r in rows] == [(c, q) for c in CONVENTIONS for q in QUANTITIES]
     for row in rows:
         assert set(row) == {"convention", "quantity", "unpooled", "pooled", "ratio", "source", "note"}
         assert row["source"] == "formula"
@@ -91,9 +89,7 @@ def test_tower_with_and_without_its_patch_embedding():
 
 def test_full_square_attention_is_twice_the_causal_half():
     for tokens, full in ((9477, "47.3"), (2366, "7.95")):
-        flops = formulas.decoder_linear_flops(SIZES, tokens) + 2 * formulas.decoder_attention_flops(
-            SIZES, tokens
-        )
+        flops = formulas.decoder_linear_flops(SIZES, tokens) + 2 * formulas.decoder_attention_flops(SIZES, tokens)
         assert f"{tera(flops):.{len(full.split('.')[1])}f}" == full
 
 

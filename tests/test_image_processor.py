@@ -50,9 +50,7 @@ def test_agrees_with_the_released_scheme(stored, size, do_resize):
     with Image.open(data_path / f"improc_{size}.png") as image:
         inputs = JinaVLMImageProcessor(do_resize).preprocess(image)
     truth = {
-        key.rsplit("/", 1)[1]: value
-        for key, value in stored.items()
-        if key.startswith(f"{size}/{'AB'[do_resize]}/")
+        key.rsplit("/", 1)[1]: value for key, value in stored.items() if key.startswith(f"{size}/{'AB'[do_resize]}/")
     }
     np.testing.assert_array_equal(inputs.tokens, truth["tokens"])
     np.testing.assert_array_equal(inputs.image_input_idx, truth["image_input_idx"])
@@ -164,9 +162,7 @@ def test_patches_are_rows_then_columns_then_colours():
     crop = JinaVLMImageProcessor().preprocess(image).crops[0]
     for row, col, y, x, channel in [(0, 0, 0, 0, 0), (3, 26, 13, 2, 1), (26, 5, 7, 11, 2)]:
         level = image[row * 14 + y, col * 14 + x, channel]
-        assert crop[row * 27 + col, (y * 14 + x) * 3 + channel].item() == pytest.approx(
-            level / 255 * 2 - 1, abs=1e-6
-        )
+        assert crop[row * 27 + col, (y * 14 + x) * 3 + channel].item() == pytest.approx(level / 255 * 2 - 1, abs=1e-6)
 
 
 def test_resizing_rounds_halves_to_even_levels():
@@ -246,9 +242,7 @@ def test_token_ids_are_arguments():
 
 
 def test_other_sizes_of_patch_and_crop():
-    processor = JinaVLMImageProcessor(
-        patch_size=7, base_size=70, overlap_margins=(2, 4), pooling=(2, 1), max_crops=6
-    )
+    processor = JinaVLMImageProcessor(patch_size=7, base_size=70, overlap_margins=(2, 4), pooling=(2, 1), max_crops=6)
     image = ramp(3 * 28 + 42, 2 * 28 + 42)
     described = processor.describe(image.shape[1], image.shape[0])
     inputs = processor.preprocess(image)

@@ -47,12 +47,7 @@ def png_header(width, height):
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return (
-        b"\x89PNG\r\n\x1a\n"
-        + chunk(b"IHDR", header)
-        + chunk(b"IDAT", zlib.compress(b""))
-        + chunk(b"IEND", b"")
-    )
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
 
 
 def test_every_kind_of_source_gives_the_same_picture(picture, tmp_path):
@@ -87,16 +82,12 @@ def test_bilevel_palette_and_colour_spaces(picture):
     palette.putpalette([10, 20, 30, 40, 50, 60])
     assert pixel(palette) == (40, 50, 60)
     assert pixel(Image.new("CMYK", (2, 2), (0, 255, 255, 0))) == (255, 0, 0)
-    assert pixel(encoded(Image.new("CMYK", (16, 16), (255, 0, 255, 0)), "JPEG")) == pytest.approx(
-        (0, 255, 0), abs=3
-    )
+    assert pixel(encoded(Image.new("CMYK", (16, 16), (255, 0, 255, 0)), "JPEG")) == pytest.approx((0, 255, 0), abs=3)
     assert pixel(Image.new("YCbCr", (2, 2), (128, 128, 128))) == (128, 128, 128)
     assert pixel(Image.new("L", (2, 2), 77)) == (77, 77, 77)
 
 
-@pytest.mark.parametrize(
-    ("mode", "colour"), [("RGBA", (200, 100, 0, 51)), ("LA", (200, 51)), ("RGBA", (9, 9, 9, 0))]
-)
+@pytest.mark.parametrize(("mode", "colour"), [("RGBA", (200, 100, 0, 51)), ("LA", (200, 51)), ("RGBA", (9, 9, 9, 0))])
 def test_transparency_shows_white_paper(mode, colour):
     *channels, alpha = colour
     expected = [round(value * alpha / 255 + 255 * (255 - alpha) / 255) for value in channels]
@@ -115,9 +106,7 @@ def test_transparent_palette_entry_is_white():
 
 
 def test_premultiplied_alpha():
-    assert pixel(Image.new("RGBA", (2, 2), (200, 100, 0, 51)).convert("RGBa")) == pytest.approx(
-        (244, 224, 204), abs=2
-    )
+    assert pixel(Image.new("RGBA", (2, 2), (200, 100, 0, 51)).convert("RGBa")) == pytest.approx((244, 224, 204), abs=2)
     assert pixel(Image.new("LA", (2, 2), (200, 51)).convert("La")) == pytest.approx((244, 244, 244), abs=2)
 
 
@@ -261,9 +250,7 @@ def test_bombs_are_refused_with_size_and_limit(side, tmp_path):
     with pytest.raises(ImageError) as caught:
         load_image(path)
     message = str(caught.value)
-    assert all(
-        text in message for text in ("bomb.png", str(side * side), str(DEFAULT_MAX_PIXELS), "max_pixels")
-    )
+    assert all(text in message for text in ("bomb.png", str(side * side), str(DEFAULT_MAX_PIXELS), "max_pixels"))
 
 
 @pytest.mark.filterwarnings("error::PIL.Image.DecompressionBombWarning")

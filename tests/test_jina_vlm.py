@@ -94,7 +94,9 @@ class TestVision:
 
     @torch.no_grad()
     def test_no_images(self, model):
-        out = model.encode_images(torch.empty(0, 2, N, P), torch.empty(0, 2, N), torch.empty(0, 2, M, dtype=torch.int64))
+        out = model.encode_images(
+            torch.empty(0, 2, N, P), torch.empty(0, 2, N), torch.empty(0, 2, M, dtype=torch.int64)
+        )
         assert out.shape == (0, 2, M, model.config.text.hidden_size)
         out = model.encode_images(torch.rand(1, 1, N, P), torch.ones(1, 1, N), index(tiles=1))
         assert out.shape == (1, 1, M, model.config.text.hidden_size) and out.abs().max() == 0
@@ -210,7 +212,9 @@ class TestGenerate:
     def test_bfloat16(self, config):
         model = JinaVLM.random(config, dtype=torch.bfloat16)
         idx = index((0, 4), (0, 9), tiles=1)
-        new = model.generate(torch.randint(0, 500, (1, 6)), torch.rand(1, 1, N, P), torch.ones(1, 1, N), idx, max_new_tokens=3)
+        new = model.generate(
+            torch.randint(0, 500, (1, 6)), torch.rand(1, 1, N, P), torch.ones(1, 1, N), idx, max_new_tokens=3
+        )
         assert new.shape == (1, 3)
 
 
@@ -230,7 +234,11 @@ def test_errors(model, call):
         ((ids, crops[..., :5], masks, idx), {}, r"crops: got shape \[1, 1, 729, 5\]"),
         ((ids, crops, masks[:, :, :5], idx), {}, r"image_masks: got shape \[1, 1, 5\]"),
         ((ids, crops, masks, idx[..., :5]), {}, r"image_input_idx: got shape \[1, 1, 5\]"),
-        ((ids, crops, masks, idx + 7), {}, "image_input_idx: got an index of 8, expected below the prompt's length, 3"),
+        (
+            (ids, crops, masks, idx + 7),
+            {},
+            "image_input_idx: got an index of 8, expected below the prompt's length, 3",
+        ),
         ((torch.cat([ids, ids]), crops, masks, idx), {}, "crops: got a batch of 1, expected 2"),
     ]
     for arguments, options, message in cases:
@@ -269,7 +277,10 @@ def test_random_weights_depend_on_the_seed_only(config):
         assert torch.equal(low[name], tensor.bfloat16())
     assert not torch.equal(first["lm_head.weight"], other["lm_head.weight"])
     assert first["model.language_model.layers.0.attn.q_b"].abs().max() == 0
-    assert not torch.equal(first["model.vision_model.layers.0.attn.out.weight"], first["model.vision_model.layers.1.attn.out.weight"])
+    assert not torch.equal(
+        first["model.vision_model.layers.0.attn.out.weight"],
+        first["model.vision_model.layers.1.attn.out.weight"],
+    )
 
 
 def test_released_inventory():

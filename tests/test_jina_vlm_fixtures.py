@@ -48,7 +48,12 @@ def check_vision(model, arrays):
     crops, masks = arrays["crops"].flatten(0, 1), arrays["image_masks"].flatten(0, 1)
     blocks = [vision.layers[i] for i in vision.config.feature_slots]
     outputs = run_recorded(
-        {"patch_embed_plus_pos.in": vision.layers[0], "layer0": vision.layers[0], "hs_a": blocks[0], "hs_b": blocks[1]},
+        {
+            "patch_embed_plus_pos.in": vision.layers[0],
+            "layer0": vision.layers[0],
+            "hs_a": blocks[0],
+            "hs_b": blocks[1],
+        },
         lambda: vision(crops),
     )
     features = outputs["result"]
@@ -59,7 +64,9 @@ def check_vision(model, arrays):
     connector, pool = vision.vl_connector, vision.vl_connector.pooling
     slots = pooling._slots(len(crops), pool.grid, pool.window, None, crops.device)
     x = pooling._gather(features, slots, connector.pad_embed, masks)
-    attended = pooling._attend(x, pool.q_w.weight, pool.q_b, pool.kv_w.weight, torch.cat([pool.k_b, pool.v_b]), pool.num_heads)
+    attended = pooling._attend(
+        x, pool.q_w.weight, pool.q_b, pool.kv_w.weight, torch.cat([pool.k_b, pool.v_b]), pool.num_heads
+    )
     assert_matches(arrays, "query", x.mean(1))
     if "windows" in arrays:
         assert_matches(arrays, "windows", x)
@@ -88,7 +95,12 @@ def test_decoder_stages_and_greedy_tokens(tiny378, case):
     real = mask == 1
     text = tiny378.model.language_model
     outputs = run_recorded(
-        {"embeds.in": text, "layer0_out": text.layers[0], "final_hidden": text.ln_f, "logits": tiny378.lm_head},
+        {
+            "embeds.in": text,
+            "layer0_out": text.layers[0],
+            "final_hidden": text.ln_f,
+            "logits": tiny378.lm_head,
+        },
         lambda: tiny378(ids, **image_inputs(arrays), attention_mask=mask),
     )
     for name in ("embeds", "layer0_out", "final_hidden", "logits"):

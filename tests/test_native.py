@@ -20,7 +20,9 @@ import torch, vlmkern
 from vlmkern.native.swiglu_mlp import silu_mul, silu_mul_bwd
 from vlmkern.reference import swiglu_mlp as reference
 torch.manual_seed(0)
-special = torch.tensor([0.0, -0.0, torch.inf, -torch.inf, torch.nan, 1e-40, 6e-8, 65519.0, 65520.0, -65504.0, 3.3e38, -90.0, 90.0])
+special = torch.tensor(
+    [0.0, -0.0, torch.inf, -torch.inf, torch.nan, 1e-40, 6e-8, 65519.0, 65520.0, -65504.0, 3.3e38, -90.0, 90.0]
+)
 for dtype, rtol in ((torch.float32, 2e-6), (torch.bfloat16, 2**-7), (torch.float16, 2**-10)):
     for features in (1, 7, 8, 16, 31, 129):
         up = (torch.randn(5, 2 * features) * 5).to(dtype)

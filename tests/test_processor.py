@@ -142,9 +142,7 @@ def test_batches_are_padded_on_the_left(processor):
             positions = single["image_input_idx"][0]
             shifted = torch.where(positions < 0, positions, positions + pad)
             assert torch.equal(batch["image_input_idx"][row, :crops], shifted)
-        assert torch.all(batch["crops"][row, crops:] == -1) and torch.all(
-            batch["image_masks"][row, crops:] == -1
-        )
+        assert torch.all(batch["crops"][row, crops:] == -1) and torch.all(batch["image_masks"][row, crops:] == -1)
         assert torch.all(batch["image_input_idx"][row, crops:] == -10_000)
     check_positions(batch)
 
@@ -183,7 +181,6 @@ def test_ways_to_hand_over_pictures(processor, tmp_path):
 @pytest.mark.parametrize(
     ("prompt", "images", "error"),
     [
-        ([], None, ValueError),
         (["a", "b"], [None], ValueError),
         (["a"], picture(), ValueError),
         (["a"], "picture.png", ValueError),
@@ -197,6 +194,11 @@ def test_ways_to_hand_over_pictures(processor, tmp_path):
 def test_malformed_calls(processor, prompt, images, error):
     with pytest.raises(error):
         processor(prompt, images)
+
+
+def test_empty_batch(processor):
+    batch = processor([])
+    assert batch["input_ids"].shape == batch["attention_mask"].shape == (0, 0) and batch["crops"] is None
 
 
 @pytest.mark.parametrize("name", [EOS, *NAMES[:4], NAMES[5]])
@@ -238,9 +240,7 @@ def test_the_callers_tokenizer_is_left_alone():
     tokenizer = make_tokenizer()
     tokenizer.enable_truncation(3)
     tokenizer.enable_padding(length=50)
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{EOS} $A", special_tokens=[(EOS, BOS_ID)]
-    )
+    tokenizer.post_processor = processors.TemplateProcessing(single=f"{EOS} $A", special_tokens=[(EOS, BOS_ID)])
     processor = make_processor(tokenizer)
     assert processor("much longer than three")["input_ids"].shape[1] == 1 + len("much longer than three")
     assert not tokenizer.encode_special_tokens and tokenizer.truncation and tokenizer.padding
@@ -363,9 +363,7 @@ def test_from_pretrained(tmp_path):
     assert plain.image_processor.image_token_ids == tuple(range(FIRST_ID, FIRST_ID + 6))
     assert not plain.image_processor.do_resize and plain.chat("Hi", 0) == " User: Hi Assistant:"
 
-    (tmp_path / "preprocessor_config.json").write_text(
-        json.dumps({"do_resize": True, "im_slice_token_id": 400})
-    )
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"do_resize": True, "im_slice_token_id": 400}))
     (tmp_path / "processor_config.json").write_text(json.dumps({"always_start_with_space": False}))
     (tmp_path / "chat_template.jinja").write_text("T" + ROLE_TEMPLATE)
     full = JinaVLMProcessor.from_pretrained(tmp_path, max_crops=3)

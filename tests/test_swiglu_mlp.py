@@ -71,17 +71,40 @@ class TestNumbers:
 
     def test_extreme_gates(self, backend):
         """silu of the largest and smallest floats, infinities and NaN, as torch's own."""
-        gate = torch.tensor([0.0, -0.0, 88.0, -88.0, 104.0, -104.0, 3e38, -3e38, 1e-40, -1e-40, torch.inf, -torch.inf, torch.nan])
+        gate = torch.tensor(
+            [
+                0.0,
+                -0.0,
+                88.0,
+                -88.0,
+                104.0,
+                -104.0,
+                3e38,
+                -3e38,
+                1e-40,
+                -1e-40,
+                torch.inf,
+                -torch.inf,
+                torch.nan,
+            ]
+        )
         features = len(gate)
         x = torch.zeros(1, 1)
         b_up = torch.cat([torch.ones(features), gate])
         with vlmkern.use_backend(backend):
             y = ops.swiglu_mlp(x, torch.zeros(2 * features, 1), torch.zeros(1, features), b_up=b_up)
             (hidden,) = (
-                torch.stack([ops.swiglu_mlp(x, torch.zeros(2, 1), torch.ones(1, 1), b_up=b_up[i :: features]) for i in range(features)]),
+                torch.stack(
+                    [
+                        ops.swiglu_mlp(x, torch.zeros(2, 1), torch.ones(1, 1), b_up=b_up[i::features])
+                        for i in range(features)
+                    ]
+                ),
             )
         assert y.isnan().all()
-        torch.testing.assert_close(hidden.flatten(), torch.nn.functional.silu(gate), equal_nan=True, rtol=1e-6, atol=1e-38)
+        torch.testing.assert_close(
+            hidden.flatten(), torch.nn.functional.silu(gate), equal_nan=True, rtol=1e-6, atol=1e-38
+        )
 
 
 class TestGradients:
@@ -153,7 +176,12 @@ def test_errors():
         ((x, w_up[:8], w_down), {}, ValueError, r"w_up: got shape \[8, 4\], expected \[10, 4\]"),
         ((x[:, :3], w_up, w_down), {}, ValueError, r"w_up: got shape \[10, 4\], expected \[10, 3\]"),
         ((x, w_up[0], w_down), {}, ValueError, r"w_up: got shape \[4\], expected \[2F, C\]"),
-        ((x, w_up.double(), w_down), {}, TypeError, "w_up: got dtype torch.float64, expected torch.float32 like x"),
+        (
+            (x, w_up.double(), w_down),
+            {},
+            TypeError,
+            "w_up: got dtype torch.float64, expected torch.float32 like x",
+        ),
         ((x.long(), w_up, w_down), {}, TypeError, "x: got dtype torch.int64"),
         ((x, w_up, w_down), {"b_up": b_up[:4]}, ValueError, r"b_up: got shape \[4\]"),
         ((x, w_up, w_down), {"b_down": b_up}, ValueError, r"b_down: got shape \[10\], expected \[6\]"),

@@ -75,9 +75,7 @@ def reference_tiling(height, width, max_crops=12):
     pairs = [(i, j) for i in range(1, max_crops + 1) for j in range(1, max_crops + 1) if i * j <= max_crops]
     pairs = np.array(sorted(pairs, key=lambda pair: (pair[0] * pair[1], pair[0])))
     with np.errstate(divide="ignore"):
-        scale = ((pairs * 266).astype(np.float32) / np.array([height - 112, width - 112], np.float32)).min(
-            axis=1
-        )
+        scale = ((pairs * 266).astype(np.float32) / np.array([height - 112, width - 112], np.float32)).min(axis=1)
     best = scale.argmax() if (scale < 1).all() else np.where(scale < 1, np.inf, scale).argmin()
     return tuple(pairs[best].tolist())
 

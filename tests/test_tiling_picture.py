@@ -129,9 +129,7 @@ def test_the_photograph_is_not_changed():
 
 
 def test_do_resize_and_other_geometries_are_followed():
-    processor = JinaVLMImageProcessor(
-        do_resize=True, max_crops=4, patch_size=14, base_size=336, overlap_margins=(2, 2)
-    )
+    processor = JinaVLMImageProcessor(do_resize=True, max_crops=4, patch_size=14, base_size=336, overlap_margins=(2, 2))
     page = draw_tiling(grey(1024, 768), processor)
     assert has_colour(page, PALETTE[3]) and not has_colour(page, PALETTE[4])
 

@@ -16,7 +16,9 @@ transformers = pytest.importorskip("transformers")
 def model():
     tiny = JinaVLMConfig.tiny()
     # the patch count is fixed at 378 px in both; two feature slots: the last block and the post-norm's output
-    return JinaVLM.random(dataclasses.replace(tiny, vision=dataclasses.replace(tiny.vision, num_layers=6, feature_layers=(-1, -2, -5))))
+    return JinaVLM.random(
+        dataclasses.replace(tiny, vision=dataclasses.replace(tiny.vision, num_layers=6, feature_layers=(-1, -2, -5)))
+    )
 
 
 def copy_linear(target, weight, bias=None):
@@ -107,5 +109,7 @@ def test_decoder_equals_qwen3(model):
     real = mask.bool()
     logits = theirs(ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0)).logits
     torch.testing.assert_close(model(ids, attention_mask=mask)[real], logits[real], rtol=1e-4, atol=1e-4)
-    expected = theirs.generate(ids, attention_mask=mask, max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=0)
+    expected = theirs.generate(
+        ids, attention_mask=mask, max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=0
+    )
     assert torch.equal(model.generate(ids, attention_mask=mask, max_new_tokens=6), expected[:, 19:])

@@ -19,15 +19,7 @@ if TYPE_CHECKING:
     import torch
 
     ImageSource: TypeAlias = (
-        str
-        | os.PathLike[str]
-        | bytes
-        | bytearray
-        | memoryview
-        | BinaryIO
-        | Image.Image
-        | np.ndarray
-        | torch.Tensor
+        str | os.PathLike[str] | bytes | bytearray | memoryview | BinaryIO | Image.Image | np.ndarray | torch.Tensor
     )
 
 DEFAULT_MAX_PIXELS = 89_478_485
@@ -81,13 +73,10 @@ def load_image(source: ImageSource, *, max_pixels: int | None = DEFAULT_MAX_PIXE
     if hasattr(source, "read"):
         data = source.read()
         if not isinstance(data, bytes):
-            raise TypeError(
-                f"image file object must be opened in binary mode, its read() gave {type(data).__name__}"
-            )
+            raise TypeError(f"image file object must be opened in binary mode, its read() gave {type(data).__name__}")
         return _decode_bytes(data, str(getattr(source, "name", "<file object>")), max_pixels)
     raise TypeError(
-        "image must be a path, bytes, a binary file object, a PIL image or a uint8 array, "
-        f"not {type(source).__name__}"
+        f"image must be a path, bytes, a binary file object, a PIL image or a uint8 array, not {type(source).__name__}"
     )
 
 
@@ -245,9 +234,7 @@ def _checked_array(source: Any) -> np.ndarray:
         array = array[:, :, None]
     if array.ndim != 3 or array.shape[2] not in (1, 3, 4):
         hint = "; channels come last" if len(shape) == 3 and shape[0] in (1, 3, 4) else ""
-        raise ImageError(
-            f"image array must have shape [H, W], [H, W, 1], [H, W, 3] or [H, W, 4], got {shape}{hint}"
-        )
+        raise ImageError(f"image array must have shape [H, W], [H, W, 1], [H, W, 3] or [H, W, 4], got {shape}{hint}")
     if array.shape[2] == 1:
         return np.repeat(array, 3, axis=2)
     if array.shape[2] == 4:

@@ -168,9 +168,7 @@ def _shape(plan: TilePlan) -> str:
     return "wide" if plan.cols >= 6 or plan.width >= 6 * plan.height else "even"
 
 
-def _photo_with_tiles(
-    photo: Image.Image, plan: TilePlan, colours: Sequence[Colour], box: Size
-) -> Image.Image:
+def _photo_with_tiles(photo: Image.Image, plan: TilePlan, colours: Sequence[Colour], box: Size) -> Image.Image:
     scale = min(box[0] / photo.width, box[1] / photo.height)
     size = max(1, round(photo.width * scale)), max(1, round(photo.height * scale))
     drawn = photo.resize(size, Image.Resampling.LANCZOS)
@@ -212,9 +210,7 @@ def _tiles_apart(canvas: Image.Image, plan: TilePlan, colours: Sequence[Colour],
     for number, (tile, colour) in enumerate(zip(plan.tiles(), colours, strict=True), 1):
         crop = canvas.crop(tile.canvas_box)
         left, top = tile.col * step, tile.row * step
-        drawn.paste(
-            draw_crop(crop, plan.geometry, tile.kept_rows, tile.kept_cols, colour, scale), (left, top)
-        )
+        drawn.paste(draw_crop(crop, plan.geometry, tile.kept_rows, tile.kept_cols, colour, scale), (left, top))
         if scale >= 3:
             _badge(pen, (left + 6, top + 6), str(number), colour)
     return drawn

@@ -57,7 +57,10 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         config = _config(options)
         inputs = _prepare(image, options, config, device)
         stage.tokens = inputs.image_tokens
-    with progress.status(f"weights: {'loading' if options.checkpoint else 'random'}"), Stage("weights").timed(stages):
+    with (
+        progress.status(f"weights: {'loading' if options.checkpoint else 'random'}"),
+        Stage("weights").timed(stages),
+    ):
         model = _model(options, config, device)
 
     new_tokens = options.max_new_tokens
@@ -160,8 +163,9 @@ def _print(report: dict[str, Any], stages: list[Stage], errors: list[OpError]) -
     console = Console()
     console.print()
     console.print(
-        f"[bold]jina-vlm[/] on {escape(report['image'])} ({report['width']} x {report['height']}): {escape(report['weights'])} "
-        f"weights, {report['parameters'] / 1e9:.2f} B parameters, {report['dtype']}, {report['device']}, {report['threads']} threads"
+        f"[bold]jina-vlm[/] on {escape(report['image'])} ({report['width']} x {report['height']}): "
+        f"{escape(report['weights'])} weights, {report['parameters'] / 1e6:,.1f} M parameters, {report['dtype']}, "
+        f"{report['device']}, {report['threads']} threads"
     )
     table = Table(title="Stages", title_justify="left")
     table.add_column("stage")
@@ -171,7 +175,9 @@ def _print(report: dict[str, Any], stages: list[Stage], errors: list[OpError]) -
         table.add_row(*stage.cells())
     console.print(table)
 
-    table = Table(title="Ops against the float32 reference, on a sample of this run's activations", title_justify="left")
+    table = Table(
+        title="Ops against the float32 reference, on a sample of this run's activations", title_justify="left"
+    )
     table.add_column("op")
     table.add_column("first tensor")
     for heading in ("largest error", "largest value", "relative"):

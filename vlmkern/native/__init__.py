@@ -21,7 +21,10 @@ def _load() -> tuple[ModuleType | None, str | None]:
 
         _C.isa()
     except ImportError as error:
-        return None, f"the extension is not built or does not load ({error}); reinstall vlmkern with a C++ compiler"
+        return (
+            None,
+            f"the extension is not built or does not load ({error}); reinstall vlmkern with a C++ compiler",
+        )
     except RuntimeError as error:  # VLMKERN_CPU_ISA asks for what this CPU does not have
         return None, str(error)
     return _C, None

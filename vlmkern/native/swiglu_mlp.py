@@ -16,7 +16,13 @@ def silu_mul(up: Tensor) -> Tensor:
     features = up.shape[-1] // 2
     out = up.new_empty((*up.shape[:-1], features))
     extension().silu_mul_fwd(
-        dtype_code(up.dtype), rows.data_ptr(), _row_stride(rows), out.data_ptr(), len(rows), features, torch.get_num_threads()
+        dtype_code(up.dtype),
+        rows.data_ptr(),
+        _row_stride(rows),
+        out.data_ptr(),
+        len(rows),
+        features,
+        torch.get_num_threads(),
     )
     return out
 
@@ -42,4 +48,3 @@ def silu_mul_bwd(grad: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
 def _row_stride(rows: Tensor) -> int:
     # a single row may carry any stride, as nothing is ever reached by it
     return rows.stride(0) if len(rows) > 1 else rows.shape[1]
-

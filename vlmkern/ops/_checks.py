@@ -42,7 +42,8 @@ def shape(name: str, tensor: torch.Tensor, expected: Sequence[Any], layout: str)
         raise ValueError(f"{name}: got shape {list(tensor.shape)}, expected {list(expected)} = {layout}")
     for got, want in zip(tensor.shape, expected, strict=True):
         torch._check_value(
-            got == want, lambda: f"{name}: got shape {list(tensor.shape)}, expected {list(expected)} = {layout}"
+            got == want,
+            lambda: f"{name}: got shape {list(tensor.shape)}, expected {list(expected)} = {layout}",
         )
 
 

@@ -90,7 +90,9 @@ def autocast(op: torch._ops.OpOverload, *, keep: Sequence[str] = ()) -> None:
         register(device_type, key)
 
 
-def differentiable(op: torch._ops.OpOverload, *, setup_context: Callable[..., None], backward: Callable[..., Any]) -> None:
+def differentiable(
+    op: torch._ops.OpOverload, *, setup_context: Callable[..., None], backward: Callable[..., Any]
+) -> None:
     """Registers the op's gradient. `backward(ctx, *grads)` runs under the backend that its forward ran under."""
 
     def setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -109,7 +111,9 @@ def not_differentiable(op: torch._ops.OpOverload) -> None:
     """Makes differentiating the op raise; without it, a second backward would return wrong gradients."""
 
     def backward(ctx: Any, *grads: Any) -> Any:
-        raise NotImplementedError(f"{op._schema.name} is not differentiable: vlmkern ops support first-order gradients only")
+        raise NotImplementedError(
+            f"{op._schema.name} is not differentiable: vlmkern ops support first-order gradients only"
+        )
 
     torch.library.register_autograd(op, backward, lib=_lib)
 

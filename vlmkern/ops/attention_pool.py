@@ -59,7 +59,19 @@ def attention_pool(
     Source: jina-vlm, eq. 2-3.
     """
     return _op(
-        list(features), w_q, b_q, w_kv, b_kv, w_o, b_o, list(grid), num_heads, list(window), pad_embed, mask, keep
+        list(features),
+        w_q,
+        b_q,
+        w_kv,
+        b_kv,
+        w_o,
+        b_o,
+        list(grid),
+        num_heads,
+        list(window),
+        pad_embed,
+        mask,
+        keep,
     )
 
 
@@ -104,7 +116,8 @@ def _check(
     _checks.rank("w_o", w_o, "[Co, H*Dv]")
     for name, inner in (("w_q", w_q.shape[0]), ("w_o", w_o.shape[1])):
         _checks.value(
-            inner > 0 and inner % num_heads == 0, f"{name}: got an inner size of {inner}, expected a multiple of num_heads = {num_heads}"
+            inner > 0 and inner % num_heads == 0,
+            f"{name}: got an inner size of {inner}, expected a multiple of num_heads = {num_heads}",
         )
     kv_rows = w_q.shape[0] + w_o.shape[1]
     _checks.shape("w_kv", w_kv, (kv_rows, width), "[H*Dk + H*Dv, L*C]")
@@ -214,7 +227,8 @@ _op = _library.define(
 _op_bwd = _library.define(
     "attention_pool_bwd",
     "(Tensor grad, Tensor[] features, Tensor w_q, Tensor? b_q, Tensor w_kv, Tensor? b_kv, Tensor w_o,"
-    " int[] grid, int num_heads, int[] window, Tensor? pad_embed, Tensor? mask, Tensor? keep, bool[] wanted) -> Tensor[]",
+    " int[] grid, int num_heads, int[] window, Tensor? pad_embed, Tensor? mask, Tensor? keep, bool[] wanted)"
+    " -> Tensor[]",
     fake=_fake_bwd,
     implementations={"reference": reference.attention_pool_bwd},
 )

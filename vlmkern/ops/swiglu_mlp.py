@@ -44,7 +44,10 @@ def _check(x: Tensor, w_up: Tensor, w_down: Tensor, b_up: Tensor | None, b_down:
     _checks.rank("w_up", w_up, "[2F, C]")
     _checks.rank("w_down", w_down, "[E, F]")
     up_rows, features = w_up.shape[0], w_down.shape[1]
-    _checks.value(up_rows % 2 == 0, f"w_up: got shape {list(w_up.shape)}, expected an even number of rows, [value | gate]")
+    _checks.value(
+        up_rows % 2 == 0,
+        f"w_up: got shape {list(w_up.shape)}, expected an even number of rows, [value | gate]",
+    )
     _checks.shape("w_up", w_up, (2 * features, x.shape[-1]), "[2F, C] with F from w_down and C from x")
     if b_up is not None:
         _checks.shape("b_up", b_up, (up_rows,), "[2F]")
@@ -59,7 +62,9 @@ def _fake(x: Tensor, w_up: Tensor, w_down: Tensor, b_up: Tensor | None, b_down: 
     return x.new_empty((*x.shape[:-1], w_down.shape[0]))
 
 
-def _fake_bwd(grad: Tensor, x: Tensor, w_up: Tensor, w_down: Tensor, b_up: Tensor | None, wanted: list[bool]) -> list[Tensor]:
+def _fake_bwd(
+    grad: Tensor, x: Tensor, w_up: Tensor, w_down: Tensor, b_up: Tensor | None, wanted: list[bool]
+) -> list[Tensor]:
     shapes = (x.shape, w_up.shape, w_down.shape, w_up.shape[:1], w_down.shape[:1])
     return [x.new_empty(shape) for shape, want in zip(shapes, wanted, strict=True) if want]
 

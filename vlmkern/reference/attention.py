@@ -6,6 +6,7 @@ for float64 inputs); inputs and the result have the tensors' own dtype.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 import torch
@@ -66,7 +67,7 @@ def _segments(q: Tensor, cu_seqlens: Tensor | None) -> Iterator[tuple]:
         yield from ((b, b) for b in range(q.shape[0]))
         return
     bounds = cu_seqlens.tolist()
-    for start, end in zip(bounds, bounds[1:], strict=False):
+    for start, end in itertools.pairwise(bounds):
         if start < end:
             yield slice(start, end), (slice(None), slice(start, end))
 

@@ -84,7 +84,14 @@ def attention_pool_bwd(
     per_patch = d_x.new_zeros(tiles * patches, width).index_put((index,), d_x, accumulate=True)
 
     grads: list[Tensor] = list(per_patch.view(tiles, patches, width).split(channels, dim=-1))
-    grads += [d_q.T @ x.mean(1), d_q.sum(0), d_kv.T @ x.flatten(0, 1), d_kv.sum(0), d_out.T @ a.context, d_out.sum(0)]
+    grads += [
+        d_q.T @ x.mean(1),
+        d_q.sum(0),
+        d_kv.T @ x.flatten(0, 1),
+        d_kv.sum(0),
+        d_out.T @ a.context,
+        d_out.sum(0),
+    ]
     if pad_embed is not None:
         assert mask is not None
         zero, partial = (chosen.flatten().to(x.dtype) for chosen in _pad_rows(mask))

@@ -17,7 +17,12 @@ class KVCache:
     """
 
     def __init__(
-        self, config: TextConfig, batch: int, max_len: int, dtype: torch.dtype, device: torch.device | str = "cpu"
+        self,
+        config: TextConfig,
+        batch: int,
+        max_len: int,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
     ) -> None:
         if batch < 0 or max_len < 0:
             raise ValueError(f"batch, max_len: got {batch}, {max_len}, expected sizes of at least 0")

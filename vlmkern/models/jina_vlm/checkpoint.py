@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import warnings
 import zlib
 from collections.abc import Iterator
@@ -51,17 +50,22 @@ def randomise(model: JinaVLM, seed: int) -> None:
         name, parameter, chunk = job
         part = parameter.detach().view(-1)[chunk * _CHUNK : (chunk + 1) * _CHUNK]
         generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{name}/{chunk}".encode()))
-        values = torch.empty(part.numel()).normal_(generator=generator)
         mean, std = _distribution(name, parameter)
-        part.copy_(values.mul_(std).add_(mean))
+        part.copy_(torch.empty(part.numel()).normal_(mean, std, generator=generator))
 
     jobs = [
         (name, parameter, chunk)
         for name, parameter in model.named_parameters()
         for chunk in range(math.ceil(parameter.numel() / _CHUNK))
     ]
-    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        list(pool.map(fill, jobs))
+    threads = torch.get_num_threads()
+    # the generators run on one thread each; their threads must not start OpenMP teams of their own
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(fill, jobs))
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _distribution(name: str, parameter: Tensor) -> tuple[float, float]:
@@ -101,7 +105,11 @@ def save(model: JinaVLM, directory: Path) -> None:
     """See `JinaVLM.save_pretrained`."""
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "config.json").write_text(json.dumps(model.config.to_dict(), indent=1) + "\n", encoding="utf-8")
-    save_file({name: t.contiguous() for name, t in model.state_dict().items()}, directory / _SINGLE, {"format": "pt"})
+    save_file(
+        {name: t.contiguous() for name, t in model.state_dict().items()},
+        directory / _SINGLE,
+        {"format": "pt"},
+    )
 
 
 def _weight_files(directory: Path) -> list[Path]:
@@ -147,7 +155,9 @@ def _inventory(files: list[Path]) -> tuple[dict[str, tuple[Path, tuple[int, ...]
     names = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
     unknown = sorted(set(dtypes) - set(names))
     if unknown:
-        raise CheckpointError(f"{files[0].parent}: got tensors of dtype {_listed(unknown)}, expected {_listed(list(names))}")
+        raise CheckpointError(
+            f"{files[0].parent}: got tensors of dtype {_listed(unknown)}, expected {_listed(list(names))}"
+        )
     return found, names[max(dtypes, key=dtypes.__getitem__)] if dtypes else torch.float32
 
 

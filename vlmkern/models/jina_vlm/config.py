@@ -93,16 +93,23 @@ class JinaVLMConfig:
     def __post_init__(self) -> None:
         v, t = self.vision, self.text
         if v.image_size[0] % v.patch_size or v.image_size[1] % v.patch_size:
-            raise ConfigError(f"vision_config.input_size: got {v.image_size}, expected multiples of patch_size {v.patch_size}")
+            raise ConfigError(
+                f"vision_config.input_size: got {v.image_size}, expected multiples of patch_size {v.patch_size}"
+            )
         for layer in v.feature_layers:
             if not -(v.num_layers + 1) <= layer <= v.num_layers:
-                raise ConfigError(f"vision_config.vit_layers: got {layer}, expected an index into {v.num_layers + 1} outputs")
+                raise ConfigError(
+                    f"vision_config.vit_layers: got {layer}, expected an index into {v.num_layers + 1} outputs"
+                )
         if self.connector.output_size != t.hidden_size:
             raise ConfigError(
-                f"vision_config.output_size: got {self.connector.output_size}, expected the decoder's hidden_size {t.hidden_size}"
+                f"vision_config.output_size: got {self.connector.output_size}, "
+                f"expected the decoder's hidden_size {t.hidden_size}"
             )
         if t.num_heads % t.num_kv_heads:
-            raise ConfigError(f"text_config n_heads: got {t.num_heads}, expected a multiple of n_kv_heads {t.num_kv_heads}")
+            raise ConfigError(
+                f"text_config n_heads: got {t.num_heads}, expected a multiple of n_kv_heads {t.num_kv_heads}"
+            )
 
     @property
     def windows_per_crop(self) -> int:
@@ -194,7 +201,13 @@ class JinaVLMConfig:
                 "vit_layers": list(v.feature_layers),
                 "output_size": c.output_size,
                 "block_config": {
-                    "attn_config": {"n_heads": v.num_heads, "n_kv_heads": None, "head_dim": v.head_dim, **biases, **no_qk_norm},
+                    "attn_config": {
+                        "n_heads": v.num_heads,
+                        "n_kv_heads": None,
+                        "head_dim": v.head_dim,
+                        **biases,
+                        **no_qk_norm,
+                    },
                     "lnorm_config": layer_norm,
                     "ffn_config": {
                         "activation_type": "gelu_pytorch_tanh",
@@ -246,7 +259,12 @@ class JinaVLMConfig:
                         "qkv_lnorm_on_heads": True,
                         "lnorm_config": rms_norm,
                     },
-                    "ffn_config": {"activation_type": "silu", "size": t.mlp_size, "bias": False, "gated_activation": True},
+                    "ffn_config": {
+                        "activation_type": "silu",
+                        "size": t.mlp_size,
+                        "bias": False,
+                        "gated_activation": True,
+                    },
                 },
             },
         }
@@ -319,7 +337,11 @@ def _read_vision(section: _Section) -> VisionConfig:
     if len(image_size) != 2:
         raise ConfigError(f"vision_config.input_size: got {list(image_size)}, expected [height, width]")
     block = section.section("block_config")
-    attention, mlp, norm = block.section("attn_config"), block.section("ffn_config"), block.section("lnorm_config")
+    attention, mlp, norm = (
+        block.section("attn_config"),
+        block.section("ffn_config"),
+        block.section("lnorm_config"),
+    )
     _require_plain_attention(attention)
     norm.require("type", "default", default="default")
     mlp.require("activation_type", "gelu_pytorch_tanh", default="gelu_pytorch_tanh")
@@ -375,7 +397,11 @@ def _read_text(section: _Section) -> TextConfig:
     section.require("partial_rotary_factor", 1.0, default=1.0)
     section.require("tie_word_embeddings", False, default=False)
     block = section.section("block_config")
-    attention, mlp, norm = block.section("attn_config"), block.section("ffn_config"), block.section("lnorm_config")
+    attention, mlp, norm = (
+        block.section("attn_config"),
+        block.section("ffn_config"),
+        block.section("lnorm_config"),
+    )
     for key in ("q_lnorm", "k_lnorm", "qkv_lnorm_on_heads"):
         attention.require(key, True, default=True)
     attention.require("sliding_window", -1, default=-1)

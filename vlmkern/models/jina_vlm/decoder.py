@@ -45,7 +45,9 @@ class ExtendedEmbedding(nn.Module):
 
 def token_positions(mask: Tensor, real_before: Tensor | int = 0) -> Tensor:
     """Positions [B, S] of the tokens of `mask` [B, S]: real tokens are counted, padding at the start has position 0."""
-    return (mask.cumsum(1) - 1 + (real_before if isinstance(real_before, int) else real_before.unsqueeze(1))).clamp(min=0)
+    return (mask.cumsum(1) - 1 + (real_before if isinstance(real_before, int) else real_before.unsqueeze(1))).clamp(
+        min=0
+    )
 
 
 def rotary_tables(positions: Tensor, config: TextConfig, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -69,7 +71,7 @@ def grouped_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> T
     batch, heads, tokens, dim = q.shape
     kv_heads = k.shape[1]
     if tokens == 1:
-        # a matrix product per kv head reads the cache once for all of its query heads; on CPU SDPA takes ten times as long
+        # one product per kv head reads the cache once for all its query heads; on CPU, SDPA takes ten times as long
         scores = (q.view(batch, kv_heads, heads // kv_heads, dim) @ k.mT) * dim**-0.5
         if mask is not None:
             scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
@@ -94,9 +96,7 @@ class DecoderAttention(nn.Module):
         self.k_lnorm = RMSNorm(config.head_dim, config.norm_eps)
         self.out = nn.Linear(q_size, config.hidden_size, bias=False)
 
-    def forward(
-        self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None, cache: KVCache | None
-    ) -> Tensor:
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None, cache: KVCache | None) -> Tensor:
         qkv = F.linear(x, self.qkv_w.weight, torch.cat([self.q_b, self.k_b, self.v_b]))
         q, k, v = (t.unflatten(-1, (-1, self.config.head_dim)) for t in qkv.split(self.sizes, dim=-1))
         q = apply_rotary(self.q_lnorm(q).transpose(1, 2), *rotary)
@@ -117,9 +117,7 @@ class DecoderBlock(nn.Module):
         self.ffn_lnorm = RMSNorm(config.hidden_size, config.norm_eps)
         self.ffn = SwiGLUMLP(config.hidden_size, config.mlp_size)
 
-    def forward(
-        self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None, cache: KVCache | None
-    ) -> Tensor:
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None, cache: KVCache | None) -> Tensor:
         x = x + self.attn(self.attn_lnorm(x), rotary, mask, cache)
         return x + self.ffn(self.ffn_lnorm(x))
 

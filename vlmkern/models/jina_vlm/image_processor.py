@@ -318,9 +318,7 @@ def _resize(image: torch.Tensor, sizes: Sequence[Span]) -> list[torch.Tensor]:
         for result in results:
             size = result.shape[:2]
             if size != plane.shape[2:]:
-                result[:, :, channel] = F.interpolate(
-                    plane, size=tuple(size), mode="bilinear", align_corners=False
-                )
+                result[:, :, channel] = F.interpolate(plane, size=tuple(size), mode="bilinear", align_corners=False)
             else:
                 result[:, :, channel] = plane
     for result in results:

@@ -164,12 +164,16 @@ class JinaVLM(nn.Module):
         mask = self._token_mask(input_ids, attention_mask, past=0)
         batch, tokens = input_ids.shape
         if bool((mask[:, :-1] & ~mask[:, 1:]).any()):
-            raise ValueError("attention_mask: got padding to the right of or between tokens, expected it on the left only")
+            raise ValueError(
+                "attention_mask: got padding to the right of or between tokens, expected it on the left only"
+            )
         if batch and (tokens == 0 or not bool(mask[:, -1].all())):
             raise ValueError("input_ids: got a sequence without tokens, expected at least one token in each")
         limit = self.config.text.max_length
         if tokens + max_new_tokens > limit:
-            raise ValueError(f"max_new_tokens: got {tokens} prompt + {max_new_tokens} new tokens, expected at most {limit}")
+            raise ValueError(
+                f"max_new_tokens: got {tokens} prompt + {max_new_tokens} new tokens, expected at most {limit}"
+            )
 
         stops = [] if eos_token_id is None else [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
         stop_ids = torch.tensor(stops, dtype=torch.int64, device=input_ids.device)
@@ -218,13 +222,13 @@ class JinaVLM(nn.Module):
         if batch != embeds.shape[0]:
             raise ValueError(f"crops: got a batch of {batch}, expected {embeds.shape[0]} as in input_ids")
         keep = _kept(image_input_idx)
-        target = image_input_idx.flatten(1)
-        if keep.numel() and int(target.max()) >= embeds.shape[1]:
+        target, tokens = image_input_idx.flatten(1), embeds.shape[1]
+        if keep.numel() and int(target.max()) >= tokens:
             raise ValueError(
-                f"image_input_idx: got an index of {int(target.max())}, expected below the prompt's length, {embeds.shape[1]}"
+                f"image_input_idx: got an index of {int(target.max())}, expected below the prompt's length, {tokens}"
             )
         row = torch.arange(batch, device=target.device).unsqueeze(1)
-        flat_target = (target + row * embeds.shape[1]).flatten()[keep]
+        flat_target = (target + row * tokens).flatten()[keep]
         rows = self._encode(crops, image_masks, keep)
         return embeds.flatten(0, 1).index_add(0, flat_target, rows).view_as(embeds)
 
@@ -249,12 +253,19 @@ class JinaVLM(nn.Module):
     def _check_images(self, crops: Tensor, image_masks: Tensor, image_input_idx: Tensor | None) -> tuple[int, int]:
         vision = self.config.vision
         if crops.dim() != 4 or crops.shape[2:] != (vision.num_patches, vision.patch_dim):
-            raise ValueError(f"crops: got shape {list(crops.shape)}, expected [B, T, {vision.num_patches}, {vision.patch_dim}]")
+            raise ValueError(
+                f"crops: got shape {list(crops.shape)}, expected [B, T, {vision.num_patches}, {vision.patch_dim}]"
+            )
         batch, tiles = crops.shape[:2]
-        expected = {"image_masks": (image_masks, vision.num_patches), "image_input_idx": (image_input_idx, self.config.windows_per_crop)}
+        expected = {
+            "image_masks": (image_masks, vision.num_patches),
+            "image_input_idx": (image_input_idx, self.config.windows_per_crop),
+        }
         for name, (tensor, last) in expected.items():
             if tensor is not None and tuple(tensor.shape) != (batch, tiles, last):
-                raise ValueError(f"{name}: got shape {list(tensor.shape)}, expected [{batch}, {tiles}, {last}] to go with crops")
+                raise ValueError(
+                    f"{name}: got shape {list(tensor.shape)}, expected [{batch}, {tiles}, {last}] to go with crops"
+                )
         return batch, tiles
 
     def _token_mask(self, input_ids: Tensor, attention_mask: Tensor | None, past: int) -> Tensor:
@@ -263,13 +274,11 @@ class JinaVLM(nn.Module):
             raise ValueError(
                 f"input_ids: got {input_ids.dtype} of shape {list(input_ids.shape)}, expected integers of shape [B, S]"
             )
-        text = self.config.text
+        limit = self.config.text.vocab_size + self.config.text.additional_vocab_size
         if input_ids.numel():
             low, high = (int(bound) for bound in input_ids.aminmax())
-            if low < -1 or high >= text.vocab_size + text.additional_vocab_size:
-                raise ValueError(
-                    f"input_ids: got ids from {low} to {high}, expected -1 (padding) to {text.vocab_size + text.additional_vocab_size - 1}"
-                )
+            if low < -1 or high >= limit:
+                raise ValueError(f"input_ids: got ids from {low} to {high}, expected -1 (padding) to {limit - 1}")
         if attention_mask is None:
             return input_ids != -1
         batch, tokens = input_ids.shape

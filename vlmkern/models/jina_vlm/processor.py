@@ -142,12 +142,12 @@ class JinaVLMProcessor:
             All are on the CPU.
 
         Raises:
-            ValueError: markers and pictures that do not match, an empty batch, text that encodes to an id
+            ValueError: markers and pictures that do not match, text that encodes to an id
                 reserved for pictures, or an unusable picture.
             TypeError: a prompt that is not a string.
         """
         sequences = [self._encode(text, pictures) for text, pictures in _batch(prompt, images)]
-        length = max(len(sequence.ids) for sequence in sequences)
+        length = max((len(sequence.ids) for sequence in sequences), default=0)
         input_ids = torch.full((len(sequences), length), -1, device="cpu")
         for row, sequence in zip(input_ids, sequences, strict=True):
             row[length - len(sequence.ids) :] = torch.tensor(sequence.ids, device="cpu")
@@ -182,9 +182,7 @@ class JinaVLMProcessor:
             raise ValueError(f"the chat template wrote {written} image marker(s) for {num_images} image(s)")
         return prompt
 
-    def apply_chat_template(
-        self, messages: Sequence[dict[str, Any]], add_generation_prompt: bool = True
-    ) -> str:
+    def apply_chat_template(self, messages: Sequence[dict[str, Any]], add_generation_prompt: bool = True) -> str:
         """Render a conversation as a prompt.
 
         Without a template of the checkpoint's own, a question about a picture becomes
@@ -273,8 +271,7 @@ class JinaVLMProcessor:
                     )
             elif kind != "image":
                 raise ValueError(
-                    'each part must be {"type": "image"} or {"type": "text", "text": ...}, '
-                    f"got {part!r:.200}"
+                    f'each part must be {{"type": "image"}} or {{"type": "text", "text": ...}}, got {part!r:.200}'
                 )
 
     def _plain(self, content: str | Sequence[dict[str, str]]) -> str:
@@ -335,15 +332,11 @@ def _batch(prompt: Any, images: Any) -> list[tuple[str, list[Any]]]:
         return [(prompt, pictures)]
     if not isinstance(prompt, (list, tuple)) or not all(isinstance(text, str) for text in prompt):
         raise TypeError(f"prompt must be a string or a list of strings, got {type(prompt).__name__}")
-    if not prompt:
-        raise ValueError("prompt must not be an empty list")
     if images is None:
         images = [None] * len(prompt)
     if not isinstance(images, (list, tuple)) or len(images) != len(prompt):
         given = f"{len(images)}" if isinstance(images, (list, tuple)) else type(images).__name__
-        raise ValueError(
-            f"images must be a list with one entry for each of the {len(prompt)} prompts, got {given}"
-        )
+        raise ValueError(f"images must be a list with one entry for each of the {len(prompt)} prompts, got {given}")
     return [(text, _as_list(entry)) for text, entry in zip(prompt, images, strict=True)]
 
 

@@ -79,9 +79,7 @@ class TilingGeometry:
         for name, value in checked.items():
             object.__setattr__(self, name, value)
         if self.base_size % self.patch_size:
-            raise ValueError(
-                f"base_size must be a multiple of patch_size {self.patch_size}, got {self.base_size}"
-            )
+            raise ValueError(f"base_size must be a multiple of patch_size {self.patch_size}, got {self.base_size}")
         if sum(self.overlap_margins) >= self.patches_per_side:
             raise ValueError(
                 f"overlap_margins must leave room in a crop of {self.patches_per_side} patches, "
@@ -89,9 +87,7 @@ class TilingGeometry:
             )
         if any(margin % size for margin in self.overlap_margins for size in self.pooling):
             # a margin that cuts a window in two has no row of windows to start from
-            raise ValueError(
-                f"overlap_margins must be multiples of pooling {self.pooling}, got {self.overlap_margins}"
-            )
+            raise ValueError(f"overlap_margins must be multiples of pooling {self.pooling}, got {self.overlap_margins}")
 
     @property
     def patches_per_side(self) -> int:
@@ -320,9 +316,7 @@ class TilePlan:
             for col, kept_cols in enumerate(self.kept_cols):
                 left, top = stride * col, stride * row
                 box = (left, top, left + base, top + base)
-                result.append(
-                    Tile(row, col, box, self.to_source(box), kept_rows, kept_cols, grid_row, grid_col)
-                )
+                result.append(Tile(row, col, box, self.to_source(box), kept_rows, kept_cols, grid_row, grid_col))
                 grid_col += kept_cols[1]
             grid_row += kept_rows[1]
         return result
@@ -383,8 +377,6 @@ def plan_tiles(
     height, width = checked_size(height, width)
     work = (height, width)
     if do_resize:
-        work = smart_resize(
-            height, width, factor=geometry.patch_size, min_pixels=min_pixels, max_pixels=max_pixels
-        )
+        work = smart_resize(height, width, factor=geometry.patch_size, min_pixels=min_pixels, max_pixels=max_pixels)
     rows, cols = choose_tiling(*work, geometry)
     return TilePlan(width, height, work[1], work[0], rows, cols, geometry)

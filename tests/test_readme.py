@@ -1,0 +1,43 @@
+"""The README's examples run as printed, and its tables name what exists."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import vlmkern
+
+README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+
+
+def code_blocks():
+    return re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+def test_the_drop_in_example_runs():
+    scope = {}
+    exec(code_blocks()[0], scope)
+    assert scope["out"].shape == (10, 16, 72)
+
+
+def test_the_model_example_names_what_exists(checkpoint_dir):
+    example = code_blocks()[1]
+    from vlmkern.models.jina_vlm import JinaVLM, JinaVLMProcessor
+
+    for name in re.findall(r"JinaVLM\.(\w+)|model\.(generate)", example):
+        assert hasattr(JinaVLM, "".join(name))
+    for name in re.findall(r"processor\.(\w+)\(", example):
+        assert hasattr(JinaVLMProcessor, name)
+
+
+def test_the_op_table_is_complete():
+    table = {op for op in vlmkern.backends()["reference"]["ops"] if not op.endswith("_bwd")}
+    assert set(re.findall(r"^\| `(\w+)` \|", README, re.MULTILINE)) >= table
+
+
+def test_every_environment_variable_is_documented():
+    root = Path(vlmkern.__file__).parent
+    used = set()
+    for source in [*root.rglob("*.py"), *(root.parent / "csrc").rglob("*.cpp")]:
+        used |= set(re.findall(r"\"(VLMKERN_[A-Z_]+)\"", source.read_text(encoding="utf-8")))
+    assert used and used <= set(re.findall(r"`(VLMKERN_\w+)`", README))
