@@ -3,10 +3,12 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <cstdint>
 
-#include "cpu/dispatch.h"
+#include "cpu/attention.h"
 #include "cpu/isa.h"
+#include "cpu/swiglu_mlp.h"
 #if VLMKERN_HAVE_CUDA
 #include "cuda/device.h"
 #endif
@@ -17,6 +19,11 @@ using namespace vlmkern;
 namespace {
 
 void* at(uintptr_t address) { return reinterpret_cast<void*>(address); }
+
+// of a [batch, token, head, head_dim] tensor, but for the last
+using Strides = std::array<int64_t, 3>;
+
+Attention::Strides strides(const Strides& s) { return {s[0], s[1], s[2]}; }
 
 std::vector<std::string> usable_isas() {
   std::vector<std::string> names;
@@ -49,6 +56,25 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def("usable_isas", usable_isas, "Instruction sets that this build and CPU can run, lowest first");
   m.def("cuda", cuda, "What the CUDA half was built for and sees");
 
+  m.def(
+      "attention_fwd",
+      [](int dtype, uintptr_t q, uintptr_t k, uintptr_t v, Strides q_strides, Strides k_strides, Strides v_strides, uintptr_t out,
+         uintptr_t lse, int64_t batch, int64_t tokens, int64_t heads, int64_t head_dim, uintptr_t cu_seqlens, int64_t segments, float scale,
+         int threads) {
+        py::gil_scoped_release release;
+        Attention p;
+        p.dtype = static_cast<DType>(dtype);
+        p.q = at(q), p.k = at(k), p.v = at(v);
+        p.q_strides = strides(q_strides), p.k_strides = strides(k_strides), p.v_strides = strides(v_strides);
+        p.out = at(out), p.lse = static_cast<float*>(at(lse));
+        p.batch = batch, p.tokens = tokens, p.heads = heads, p.head_dim = head_dim;
+        p.cu_seqlens = static_cast<const int32_t*>(at(cu_seqlens)), p.segments = segments;
+        p.scale = scale;
+        attention_fwd(p, threads);
+      },
+      py::arg("dtype"), py::arg("q"), py::arg("k"), py::arg("v"), py::arg("q_strides"), py::arg("k_strides"), py::arg("v_strides"),
+      py::arg("out"), py::arg("lse"), py::arg("batch"), py::arg("tokens"), py::arg("heads"), py::arg("head_dim"), py::arg("cu_seqlens"),
+      py::arg("segments"), py::arg("scale"), py::arg("threads"));
   m.def(
       "silu_mul_fwd",
       [](int dtype, uintptr_t up, int64_t up_stride, uintptr_t out, int64_t rows, int64_t cols, int threads) {

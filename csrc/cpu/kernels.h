@@ -1,15 +1,21 @@
-// The table of CPU kernels: one copy per ISA, filled by the kernel sources, read by dispatch.cpp.
-// Kernels do one contiguous piece of work on the calling thread and check nothing; dispatch.cpp
-// checks the arguments and splits the work over threads.
+// The table of CPU kernels: one copy per ISA, filled by the kernel sources, read by the dispatchers.
+// Kernels work on the calling thread, allocate nothing and check nothing; the dispatcher of each op checks the
+// arguments, allocates and splits the work over threads.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
+
+#include "cpu/attention.h"
+#include "cpu/dtype.h"
 
 namespace vlmkern {
 
-enum class DType : int { f32 = 0, bf16 = 1, f16 = 2 };
-
 struct Kernels {
+  // Bytes of scratch, 64-byte aligned, that attention_head wants for segments of up to `tokens`.
+  size_t (*attention_scratch)(DType, int64_t tokens, int64_t head_dim);
+  void (*attention_head)(const AttentionHead&, void* scratch);
+
   // up [rows, 2*cols] = [value | gate] rows of stride up_stride (elements); out [rows, cols] dense.
   void (*silu_mul_fwd)(DType, const void* up, int64_t up_stride, void* out, int64_t rows, int64_t cols);
   // grad [rows, cols] and up as above -> grad_up [rows, 2*cols] and hidden [rows, cols], dense.
@@ -17,14 +23,7 @@ struct Kernels {
                        int64_t cols);
 };
 
-#define VLMKERN_DECLARE(isa) \
-  namespace isa {            \
-  const Kernels& kernels();  \
-  }
-VLMKERN_DECLARE(portable)
-VLMKERN_DECLARE(avx2)
-VLMKERN_DECLARE(avx512)
-VLMKERN_DECLARE(avx512_bf16)
-#undef VLMKERN_DECLARE
+// The table of the instruction set in use.
+const Kernels& kernels();
 
 }  // namespace vlmkern

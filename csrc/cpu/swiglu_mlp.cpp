@@ -3,7 +3,7 @@
 //
 // forward:  3 elements of traffic per output (2 read, 1 written); backward: 3 read, 3 written.
 // Arithmetic is float32; silu is rounded to the tensor's dtype before the product, as eager torch does.
-#include "cpu/kernels.h"
+#include "cpu/dtype.h"
 #include "cpu/vec.h"
 
 namespace vlmkern {
@@ -40,18 +40,20 @@ void backward(const T* grad, const T* up, int64_t up_stride, T* grad_up, T* hidd
   }
 }
 
+template <typename T>
+void backward(const void* grad, const void* up, int64_t up_stride, void* grad_up, void* hidden, int64_t rows, int64_t cols) {
+  backward(static_cast<const T*>(grad), static_cast<const T*>(up), up_stride, static_cast<T*>(grad_up), static_cast<T*>(hidden), rows,
+           cols);
+}
+
+}  // namespace
+
 void silu_mul_fwd(DType dtype, const void* up, int64_t up_stride, void* out, int64_t rows, int64_t cols) {
   switch (dtype) {
     case DType::f32: return forward(static_cast<const float*>(up), up_stride, static_cast<float*>(out), rows, cols);
     case DType::bf16: return forward(static_cast<const bf16*>(up), up_stride, static_cast<bf16*>(out), rows, cols);
     case DType::f16: return forward(static_cast<const f16*>(up), up_stride, static_cast<f16*>(out), rows, cols);
   }
-}
-
-template <typename T>
-void backward(const void* grad, const void* up, int64_t up_stride, void* grad_up, void* hidden, int64_t rows, int64_t cols) {
-  backward(static_cast<const T*>(grad), static_cast<const T*>(up), up_stride, static_cast<T*>(grad_up), static_cast<T*>(hidden), rows,
-           cols);
 }
 
 void silu_mul_bwd(DType dtype, const void* grad, const void* up, int64_t up_stride, void* grad_up, void* hidden, int64_t rows,
@@ -61,13 +63,6 @@ void silu_mul_bwd(DType dtype, const void* grad, const void* up, int64_t up_stri
     case DType::bf16: return backward<bf16>(grad, up, up_stride, grad_up, hidden, rows, cols);
     case DType::f16: return backward<f16>(grad, up, up_stride, grad_up, hidden, rows, cols);
   }
-}
-
-}  // namespace
-
-const Kernels& kernels() {
-  static const Kernels table{silu_mul_fwd, silu_mul_bwd};
-  return table;
 }
 
 }  // namespace VLMKERN_ISA

@@ -52,6 +52,12 @@ def dtype_code(dtype: torch.dtype) -> int:
     return _DTYPE_CODES[dtype]
 
 
+def require_dtype(op: str, dtype: torch.dtype) -> None:
+    """Declines a call: raises BackendUnavailable where the native kernels do not have the dtype."""
+    if dtype not in _DTYPE_CODES:
+        raise BackendUnavailable(f"backend 'native' has no {op} kernel for {dtype}")
+
+
 def describe() -> dict[str, Any]:
     """Instruction sets and threads, for `vlmkern.backends()`."""
     module, _ = _load()

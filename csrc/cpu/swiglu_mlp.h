@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-#include "cpu/kernels.h"
+#include "cpu/dtype.h"
 
 namespace vlmkern {
 

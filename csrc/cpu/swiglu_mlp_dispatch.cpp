@@ -1,4 +1,4 @@
-#include "cpu/dispatch.h"
+#include "cpu/swiglu_mlp.h"
 
 #include <omp.h>
 
@@ -7,30 +7,13 @@
 #include <stdexcept>
 #include <string>
 
-#include "cpu/isa.h"
+#include "cpu/kernels.h"
 
 namespace vlmkern {
 namespace {
 
-const Kernels& active_kernels() {
-  switch (active()) {
-#if VLMKERN_HAVE_AVX512_BF16
-    case Isa::avx512_bf16: return avx512_bf16::kernels();
-#endif
-#if VLMKERN_HAVE_AVX512
-    case Isa::avx512: return avx512::kernels();
-#endif
-#if VLMKERN_HAVE_AVX2
-    case Isa::avx2: return avx2::kernels();
-#endif
-    default: return portable::kernels();
-  }
-}
-
-int64_t element_size(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
-
 void check_rows(DType dtype, int64_t rows, int64_t cols, int64_t up_stride, bool pointers) {
-  if (dtype != DType::f32 && dtype != DType::bf16 && dtype != DType::f16) throw std::invalid_argument("dtype: unknown code");
+  if (!known(dtype)) throw std::invalid_argument("dtype: unknown code");
   if (rows < 0 || cols < 0) throw std::invalid_argument("rows and cols must not be negative");
   constexpr int64_t kMax = std::numeric_limits<int64_t>::max() / 16;
   if (cols > kMax || up_stride < 2 * cols || (rows > 0 && up_stride > kMax / rows))
@@ -62,7 +45,7 @@ void over_rows(int64_t rows, int64_t cols, int threads, Body body) {
 void silu_mul_fwd(DType dtype, const void* up, int64_t up_stride, void* out, int64_t rows, int64_t cols, int threads) {
   check_rows(dtype, rows, cols, up_stride, up && out);
   const int64_t size = element_size(dtype);
-  const Kernels& k = active_kernels();
+  const Kernels& k = kernels();
   over_rows(rows, cols, threads, [&](int64_t begin, int64_t end) {
     k.silu_mul_fwd(dtype, static_cast<const char*>(up) + begin * up_stride * size, up_stride, static_cast<char*>(out) + begin * cols * size,
                    end - begin, cols);
@@ -73,7 +56,7 @@ void silu_mul_bwd(DType dtype, const void* grad, const void* up, int64_t up_stri
                   int threads) {
   check_rows(dtype, rows, cols, up_stride, grad && up && grad_up && hidden);
   const int64_t size = element_size(dtype);
-  const Kernels& k = active_kernels();
+  const Kernels& k = kernels();
   over_rows(rows, cols, threads, [&](int64_t begin, int64_t end) {
     k.silu_mul_bwd(dtype, static_cast<const char*>(grad) + begin * cols * size, static_cast<const char*>(up) + begin * up_stride * size,
                    up_stride, static_cast<char*>(grad_up) + begin * 2 * cols * size, static_cast<char*>(hidden) + begin * cols * size,
