@@ -8,6 +8,7 @@
 
 #include "cpu/attention.h"
 #include "cpu/isa.h"
+#include "cpu/linear.h"
 #include "cpu/swiglu_mlp.h"
 #if VLMKERN_HAVE_CUDA
 #include "cuda/device.h"
@@ -75,6 +76,17 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
       py::arg("dtype"), py::arg("q"), py::arg("k"), py::arg("v"), py::arg("q_strides"), py::arg("k_strides"), py::arg("v_strides"),
       py::arg("out"), py::arg("lse"), py::arg("batch"), py::arg("tokens"), py::arg("heads"), py::arg("head_dim"), py::arg("cu_seqlens"),
       py::arg("segments"), py::arg("scale"), py::arg("threads"));
+  m.attr("max_linear_rows") = kMaxLinearRows;
+  m.def(
+      "linear_few_rows",
+      [](int dtype, uintptr_t x, int64_t x_stride, uintptr_t weight, int64_t weight_stride, uintptr_t bias, uintptr_t y, int64_t rows,
+         int64_t inputs, int64_t outputs, int threads) {
+        py::gil_scoped_release release;
+        linear_few_rows({static_cast<DType>(dtype), at(x), x_stride, at(weight), weight_stride, at(bias), at(y), rows, inputs, outputs},
+                        threads);
+      },
+      py::arg("dtype"), py::arg("x"), py::arg("x_stride"), py::arg("weight"), py::arg("weight_stride"), py::arg("bias"), py::arg("y"),
+      py::arg("rows"), py::arg("inputs"), py::arg("outputs"), py::arg("threads"));
   m.def(
       "silu_mul_fwd",
       [](int dtype, uintptr_t up, int64_t up_stride, uintptr_t out, int64_t rows, int64_t cols, int threads) {

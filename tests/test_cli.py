@@ -97,7 +97,7 @@ def test_demo_with_random_weights(capsys, photo, tmp_path):
     assert set(stages) == {"image processing", "weights", "vision tower", "connector", "prefill", "decode"}
     assert stages["vision tower"]["tokens"] == 5 * 729 and stages["connector"]["tokens"] == 772
     assert stages["decode"]["tokens"] == 2 and all(stage["ms"] > 0 for stage in stages.values())
-    assert {error["op"] for error in report["op_errors"]} == {"attention", "attention_pool", "swiglu_mlp"}
+    assert {error["op"] for error in report["op_errors"]} == {"attention", "attention_pool", "linear", "swiglu_mlp"}
     assert all(0 < error["max_error"] < 0.02 * error["max_value"] for error in report["op_errors"])
     assert Image.open(report["picture"]).width >= 1000
     assert json.loads((tmp_path / "out" / "demo.json").read_text())["new_ids"] == report["new_ids"]

@@ -9,9 +9,10 @@ namespace vlmkern {
   namespace isa {                                                                                                       \
   size_t attention_scratch(DType, int64_t, int64_t);                                                                    \
   void attention_head(const AttentionHead&, void*);                                                                     \
+  void linear_few_rows(const FewRowsLinear&, int64_t, int64_t);                                                         \
   void silu_mul_fwd(DType, const void*, int64_t, void*, int64_t, int64_t);                                              \
   void silu_mul_bwd(DType, const void*, const void*, int64_t, void*, void*, int64_t, int64_t);                          \
-  static const Kernels table{attention_scratch, attention_head, silu_mul_fwd, silu_mul_bwd};                            \
+  static const Kernels table{attention_scratch, attention_head, linear_few_rows, silu_mul_fwd, silu_mul_bwd};           \
   }
 
 VLMKERN_TABLE(portable)

@@ -8,6 +8,7 @@
 
 #include "cpu/attention.h"
 #include "cpu/dtype.h"
+#include "cpu/linear.h"
 
 namespace vlmkern {
 
@@ -15,6 +16,9 @@ struct Kernels {
   // Bytes of scratch, 64-byte aligned, that attention_head wants for segments of up to `tokens`.
   size_t (*attention_scratch)(DType, int64_t tokens, int64_t head_dim);
   void (*attention_head)(const AttentionHead&, void* scratch);
+
+  // Outputs begin to end of all rows.
+  void (*linear_few_rows)(const FewRowsLinear&, int64_t begin, int64_t end);
 
   // up [rows, 2*cols] = [value | gate] rows of stride up_stride (elements); out [rows, cols] dense.
   void (*silu_mul_fwd)(DType, const void* up, int64_t up_stride, void* out, int64_t rows, int64_t cols);

@@ -302,5 +302,26 @@ inline void transpose(Vec (&rows)[Vec::width]) {
 #endif
 }
 
+// The lanes' sum, in the same order whatever came before.
+inline float horizontal_sum(Vec a) {
+  float lanes[Vec::width];
+  store(lanes, a);
+  for (int half = Vec::width / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+  return lanes[0];
+}
+
+template <typename T>
+inline float to_float(T x) {
+  T buffer[Vec::width] = {x};
+  float lanes[Vec::width];
+  store(lanes, load(buffer));
+  return lanes[0];
+}
+template <typename T>
+inline void from_float(T* p, float x) {
+  store_n(p, set1(x), 1);
+}
+
 }  // namespace VLMKERN_ISA
 }  // namespace vlmkern

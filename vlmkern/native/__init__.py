@@ -11,7 +11,6 @@ import torch
 from .._backends import BackendUnavailable
 
 _DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-DTYPES = tuple(_DTYPE_CODES)
 
 
 @functools.cache
@@ -48,7 +47,7 @@ def extension() -> ModuleType:
 
 
 def dtype_code(dtype: torch.dtype) -> int:
-    """The extension's number for one of `DTYPES`."""
+    """The extension's number for one that `require_dtype` lets pass."""
     return _DTYPE_CODES[dtype]
 
 

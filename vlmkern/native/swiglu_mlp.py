@@ -1,13 +1,27 @@
-"""SwiGLU's elementwise half on CPU: the C++ kernel of csrc/cpu/swiglu_mlp.cpp."""
+"""SwiGLU on CPU: native linear layers, with the C++ kernel of csrc/cpu/swiglu_mlp.cpp between them."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import DTYPES, dtype_code, extension
+from ..reference import swiglu_mlp as reference
+from . import dtype_code, extension, require_dtype
+from .linear import linear_or_torch
 
-__all__ = ["DTYPES", "silu_mul", "silu_mul_bwd"]
+
+def swiglu_mlp(x: Tensor, *args: Any) -> Tensor:
+    """See `vlmkern.reference.swiglu_mlp.swiglu_mlp`."""
+    require_dtype("swiglu_mlp", x.dtype)
+    return reference.swiglu_mlp(x, *args, silu_mul=silu_mul, linear=linear_or_torch)
+
+
+def swiglu_mlp_bwd(grad: Tensor, *args: Any) -> list[Tensor]:
+    """See `vlmkern.reference.swiglu_mlp.swiglu_mlp_bwd`."""
+    require_dtype("swiglu_mlp_bwd", grad.dtype)
+    return reference.swiglu_mlp_bwd(grad, *args, silu_mul_bwd=silu_mul_bwd)
 
 
 def silu_mul(up: Tensor) -> Tensor:

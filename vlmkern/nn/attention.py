@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
@@ -31,9 +30,16 @@ class TileAttention(nn.Module):
         self.v_b = nn.Parameter(torch.zeros(inner))
         self.out = nn.Linear(inner, hidden_size)
 
-    def forward(self, x: Tensor, cu_seqlens: Tensor | None = None, max_seqlen: int | None = None) -> Tensor:
-        """x [B, N, C], or packed [T, C] with `cu_seqlens` and `max_seqlen` -> the same shape."""
+    def forward(
+        self,
+        x: Tensor,
+        cu_seqlens: Tensor | None = None,
+        max_seqlen: int | None = None,
+        residual: Tensor | None = None,
+    ) -> Tensor:
+        """x [B, N, C], or packed [T, C] with `cu_seqlens` and `max_seqlen` -> the same shape, plus `residual`."""
         bias = torch.cat([self.q_b, self.k_b, self.v_b])
-        qkv = F.linear(x, self.qkv_w.weight, bias).unflatten(-1, (3, self.num_heads, self.head_dim))
+        qkv = ops.linear(x, self.qkv_w.weight, bias).unflatten(-1, (3, self.num_heads, self.head_dim))
         q, k, v = qkv.unbind(-3)
-        return self.out(ops.attention(q, k, v, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen).flatten(-2))
+        attended = ops.attention(q, k, v, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen).flatten(-2)
+        return ops.linear(attended, self.out.weight, self.out.bias, residual=residual)

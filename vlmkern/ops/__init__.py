@@ -2,6 +2,7 @@
 
 from .attention import attention
 from .attention_pool import attention_pool
+from .linear import linear
 from .swiglu_mlp import swiglu_mlp
 
-__all__ = ["attention", "attention_pool", "swiglu_mlp"]
+__all__ = ["attention", "attention_pool", "linear", "swiglu_mlp"]

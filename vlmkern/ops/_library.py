@@ -7,6 +7,8 @@ call, once per trace, and also for callers of `torch.ops.vlmkern.*`.
 
 from __future__ import annotations
 
+import functools
+import importlib
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -60,6 +62,16 @@ def define(
     _lib.impl(name, real_impl, "CompositeExplicitAutograd")
     torch.library.register_fake(f"vlmkern::{name}", fake_impl, lib=_lib)
     return getattr(torch.ops.vlmkern, name).default
+
+
+def lazy(module: str, name: str) -> Callable[..., Any]:
+    """A function of this package that is imported when it is first called, as kernels should be."""
+
+    @functools.cache
+    def target() -> Callable[..., Any]:
+        return getattr(importlib.import_module(f"vlmkern.{module}"), name)
+
+    return lambda *args: target()(*args)
 
 
 def autocast(op: torch._ops.OpOverload, *, keep: Sequence[str] = ()) -> None:

@@ -109,19 +109,13 @@ def _backward(ctx: Any, grad: Tensor, _grad_lse: Tensor) -> tuple[Tensor | None,
     return *_op_bwd(grad, q, k, v, out, lse, ctx.scale, cu_seqlens, ctx.max_seqlen), None, None, None
 
 
-def _native(*args: Any) -> tuple[Tensor, Tensor]:
-    from ..native.attention import attention
-
-    return attention(*args)
-
-
 _op = _library.define(
     "attention",
     "(Tensor q, Tensor k, Tensor v, float scale, Tensor? cu_seqlens, SymInt? max_seqlen) -> (Tensor out, Tensor lse)",
     check=_check,
     check_values=_check_values,
     fake=_fake,
-    implementations={"reference": reference.attention, "native": _native},
+    implementations={"reference": reference.attention, "native": _library.lazy("native.attention", "attention")},
 )
 _op_bwd = _library.define(
     "attention_bwd",

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 from torch import Tensor
@@ -80,17 +79,20 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return tuple(next(grads) if want else None for want in wanted)
 
 
-def _around(module: str, name: str) -> Callable[..., Any]:
-    """The reference formula with its elementwise middle, `name`, taken from a backend's module."""
-    formula = {"silu_mul": reference.swiglu_mlp, "silu_mul_bwd": reference.swiglu_mlp_bwd}[name]
+def _triton(*args: Any) -> Tensor:
+    return reference.swiglu_mlp(*args, silu_mul=_triton_kernels(args[0]).silu_mul)
 
-    def implementation(first: Tensor, *rest: Any) -> Any:
-        kernels = importlib.import_module(module)
-        if first.dtype not in kernels.DTYPES:
-            raise BackendUnavailable(f"{module} has no swiglu_mlp kernel for {first.dtype}")
-        return formula(first, *rest, **{name: getattr(kernels, name)})
 
-    return implementation
+def _triton_bwd(*args: Any) -> list[Tensor]:
+    return reference.swiglu_mlp_bwd(*args, silu_mul_bwd=_triton_kernels(args[0]).silu_mul_bwd)
+
+
+def _triton_kernels(x: Tensor) -> ModuleType:
+    from ..kernels import swiglu_mlp as kernels
+
+    if x.dtype not in kernels.DTYPES:
+        raise BackendUnavailable(f"backend 'triton' has no swiglu_mlp kernel for {x.dtype}")
+    return kernels
 
 
 _op = _library.define(
@@ -100,8 +102,8 @@ _op = _library.define(
     fake=_fake,
     implementations={
         "reference": reference.swiglu_mlp,
-        "native": _around("vlmkern.native.swiglu_mlp", "silu_mul"),
-        "triton": _around("vlmkern.kernels.swiglu_mlp", "silu_mul"),
+        "native": _library.lazy("native.swiglu_mlp", "swiglu_mlp"),
+        "triton": _triton,
     },
 )
 _op_bwd = _library.define(
@@ -110,8 +112,8 @@ _op_bwd = _library.define(
     fake=_fake_bwd,
     implementations={
         "reference": reference.swiglu_mlp_bwd,
-        "native": _around("vlmkern.native.swiglu_mlp", "silu_mul_bwd"),
-        "triton": _around("vlmkern.kernels.swiglu_mlp", "silu_mul_bwd"),
+        "native": _library.lazy("native.swiglu_mlp", "swiglu_mlp_bwd"),
+        "triton": _triton_bwd,
     },
 )
 _library.differentiable(_op, setup_context=_setup_context, backward=_backward)

@@ -35,9 +35,10 @@ def swiglu_mlp(
     b_down: Tensor | None,
     *,
     silu_mul: Callable[[Tensor], Tensor] = silu_mul,
+    linear: Callable[[Tensor, Tensor, Tensor | None], Tensor] = F.linear,
 ) -> Tensor:
-    """The formula, with the elementwise middle left open: backends put their kernel in its place."""
-    return F.linear(silu_mul(F.linear(x, w_up, b_up)), w_down, b_down)
+    """The formula, with its parts left open: backends put their kernels in their place."""
+    return linear(silu_mul(linear(x, w_up, b_up)), w_down, b_down)
 
 
 def swiglu_mlp_bwd(

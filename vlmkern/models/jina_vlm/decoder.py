@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ... import ops
 from ...nn import SwiGLUMLP
 from .cache import KVCache
 from .config import TextConfig
@@ -96,15 +97,24 @@ class DecoderAttention(nn.Module):
         self.k_lnorm = RMSNorm(config.head_dim, config.norm_eps)
         self.out = nn.Linear(q_size, config.hidden_size, bias=False)
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None, cache: KVCache | None) -> Tensor:
-        qkv = F.linear(x, self.qkv_w.weight, torch.cat([self.q_b, self.k_b, self.v_b]))
+    def forward(
+        self,
+        x: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        mask: Tensor | None,
+        cache: KVCache | None,
+        residual: Tensor,
+    ) -> Tensor:
+        """x [B, S, C] -> attention's output added to `residual` [B, S, C]."""
+        qkv = ops.linear(x, self.qkv_w.weight, torch.cat([self.q_b, self.k_b, self.v_b]))
         q, k, v = (t.unflatten(-1, (-1, self.config.head_dim)) for t in qkv.split(self.sizes, dim=-1))
         q = apply_rotary(self.q_lnorm(q).transpose(1, 2), *rotary)
         k = apply_rotary(self.k_lnorm(k).transpose(1, 2), *rotary)
         v = v.transpose(1, 2)
         if cache is not None:
             k, v = cache.update(self.layer, k, v)
-        return self.out(grouped_attention(q, k, v, mask).transpose(1, 2).flatten(2))
+        attended = grouped_attention(q, k, v, mask).transpose(1, 2).flatten(2)
+        return ops.linear(attended, self.out.weight, residual=residual)
 
 
 class DecoderBlock(nn.Module):
@@ -118,7 +128,7 @@ class DecoderBlock(nn.Module):
         self.ffn = SwiGLUMLP(config.hidden_size, config.mlp_size)
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None, cache: KVCache | None) -> Tensor:
-        x = x + self.attn(self.attn_lnorm(x), rotary, mask, cache)
+        x = self.attn(self.attn_lnorm(x), rotary, mask, cache, residual=x)
         return x + self.ffn(self.ffn_lnorm(x))
 
 
@@ -149,6 +159,16 @@ class Decoder(nn.Module):
         for block in self.layers:
             x = block(x, rotary, attention_mask, cache)
         return self.ln_f(x)
+
+
+class LanguageHead(nn.Linear):
+    """Hidden states to logits over the base vocabulary."""
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__(config.hidden_size, config.vocab_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.linear(x, self.weight)
 
 
 def _attention_mask(tokens: int, past: int, key_mask: Tensor | None, device: torch.device) -> Tensor | None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from . import checkpoint
 from .cache import KVCache
 from .config import JinaVLMConfig
-from .decoder import Decoder
+from .decoder import Decoder, LanguageHead
 from .vision import VisionModel
 
 
@@ -39,7 +39,7 @@ class JinaVLM(nn.Module):
         super().__init__()
         self.config = config or JinaVLMConfig()
         self.model = _Body(self.config)
-        self.lm_head = nn.Linear(self.config.text.hidden_size, self.config.text.vocab_size, bias=False)
+        self.lm_head = LanguageHead(self.config.text)
 
     @classmethod
     def random(

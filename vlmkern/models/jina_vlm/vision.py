@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ... import ops
 from ...nn import TileAttention, VisionLanguageConnector
 from .config import JinaVLMConfig, VisionConfig
 
@@ -21,19 +21,20 @@ class PatchEmbedding(nn.Module):
         self.proj = nn.Linear(config.patch_dim, config.hidden_size)
 
     def forward(self, patches: Tensor) -> Tensor:
-        return self.proj(patches)
+        return ops.linear(patches, self.proj.weight, self.proj.bias)
 
 
 class VisionMLP(nn.Module):
-    """down(gelu_tanh(up(x)))."""
+    """down(gelu_tanh(up(x))) + residual."""
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         self.up = nn.Linear(config.hidden_size, config.mlp_size)
         self.down = nn.Linear(config.mlp_size, config.hidden_size)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.gelu(self.up(x), approximate="tanh"))
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        hidden = ops.linear(x, self.up.weight, self.up.bias, activation="gelu_tanh")
+        return ops.linear(hidden, self.down.weight, self.down.bias, residual=residual)
 
 
 class VisionBlock(nn.Module):
@@ -47,8 +48,8 @@ class VisionBlock(nn.Module):
         self.ffn = VisionMLP(config)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attn(self.attn_lnorm(x))
-        return x + self.ffn(self.ffn_lnorm(x))
+        x = self.attn(self.attn_lnorm(x), residual=x)
+        return self.ffn(self.ffn_lnorm(x), residual=x)
 
 
 class VisionModel(nn.Module):

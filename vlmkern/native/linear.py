@@ -1,0 +1,113 @@
+"""Linear layers on CPU: the C++ kernel of csrc/cpu/linear.cpp for a few rows, oneDNN with fused epilogues for more.
+
+oneDNN is reached through torch's own `mkldnn` ops, not through F.linear: in float32 that calls MKL, which takes a slow
+path on other vendors' CPUs (100 against 235 GFLOP/s a core on Zen 5), and it has no epilogues.
+
+Weights that come back are kept in oneDNN's blocked layout: 4 to 10 % faster, at the price of a copy that lives as long
+as the weight. A weight is packed when it is seen the second time, so that a single pass pays neither time nor memory.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from .._backends import BackendUnavailable
+from ..reference.linear import activate
+from . import dtype_code, extension, require_dtype
+
+_POST_OPS = {"none": ("none", ""), "gelu_tanh": ("gelu", "tanh"), "gelu": ("gelu", "none"), "silu": ("swish", "")}
+_ONEDNN_DTYPES = (torch.float32, torch.bfloat16)
+# values of a weight that are compared before its packed copy is used
+_FINGERPRINT = 64
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, residual: Tensor | None) -> Tensor:
+    """See `vlmkern.reference.linear.linear`."""
+    require_dtype("linear", x.dtype)
+    if x.numel() == 0 or weight.numel() == 0:
+        raise BackendUnavailable("backend 'native' has no linear kernel for tensors without elements")
+    outputs, inputs = weight.shape
+    rows = x.reshape(-1, inputs)
+    if len(rows) <= extension().max_linear_rows:
+        y = activate(_few_rows(rows, weight, bias), activation).view(*x.shape[:-1], outputs)
+        return y if residual is None else y.add_(residual)
+    if x.dtype not in _ONEDNN_DTYPES or not torch.backends.mkldnn.is_available():
+        raise BackendUnavailable(f"backend 'native' has no linear kernel for {len(rows)} rows of {x.dtype}")
+    packed = _packed(weight)
+    onednn = torch.ops.mkldnn._linear_pointwise
+    if residual is not None and activation == "none":
+        return onednn.binary(rows, residual.reshape(-1, outputs), packed, bias, "add").view(*x.shape[:-1], outputs)
+    name, algorithm = _POST_OPS[activation]
+    y = onednn(rows, packed, bias, name, [], algorithm).view(*x.shape[:-1], outputs)
+    return y if residual is None else y.add_(residual)
+
+
+def linear_or_torch(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x W^T + b, by torch where there is no native way."""
+    try:
+        return linear(x, weight, bias, "none", None)
+    except BackendUnavailable:
+        return F.linear(x, weight, bias)
+
+
+def _few_rows(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    rows, weight = _unit_last_stride(rows), _unit_last_stride(weight)
+    bias = None if bias is None else bias.contiguous()
+    y = rows.new_empty(len(rows), weight.shape[0])
+    extension().linear_few_rows(
+        dtype_code(rows.dtype),
+        rows.data_ptr(),
+        rows.stride(0),
+        weight.data_ptr(),
+        weight.stride(0),
+        0 if bias is None else bias.data_ptr(),
+        y.data_ptr(),
+        len(rows),
+        weight.shape[1],
+        weight.shape[0],
+        torch.get_num_threads(),
+    )
+    return y
+
+
+def _unit_last_stride(matrix: Tensor) -> Tensor:
+    return matrix if matrix.stride(-1) == 1 or matrix.shape[-1] <= 1 else matrix.contiguous()
+
+
+@dataclass
+class _Seen:
+    version: int
+    address: int
+    values: Tensor
+    packed: Tensor | None = None
+
+
+_seen: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+_lock = threading.Lock()
+
+
+def _packed(weight: Tensor) -> Tensor:
+    """The weight in oneDNN's layout, if it has been here before with the same content, else the weight itself."""
+    if weight.is_inference() or not weight.is_contiguous() or os.environ.get("VLMKERN_PREPACK") == "0":
+        return weight
+    values = weight.view(-1)[:: max(1, weight.numel() // _FINGERPRINT)]
+    with _lock:
+        seen = _seen.get(weight)
+        # the version counter tells of changes in place, but not of those made through .data: hence the sample
+        if (
+            seen is None
+            or (seen.version, seen.address) != (weight._version, weight.data_ptr())
+            or not torch.equal(seen.values, values)
+        ):
+            _seen[weight] = _Seen(weight._version, weight.data_ptr(), values.detach().clone())
+            return weight
+        if seen.packed is None:
+            seen.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach())
+        return seen.packed
