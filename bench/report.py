@@ -12,31 +12,46 @@ from rich.table import Table
 
 
 def main(path: str) -> None:
-    """One row per case; the ratio compares with the fastest other provider of the same group."""
+    """One table for each suite, a row for each shape and dtype, milliseconds by provider; the ratio compares
+    vlmkern with the fastest of the others."""
     saved = json.loads(Path(path).read_text(encoding="utf-8"))
-    groups = defaultdict(dict)
+    suites: dict = defaultdict(lambda: defaultdict(dict))
     for case in saved["benchmarks"]:
-        groups[case["group"]][case["params"]["provider"]] = case
+        suite, shape, dtype = case["group"].split("|")
+        suites[suite][shape, dtype][case["params"]["provider"]] = case
     machine = saved["machine_info"]
-    table = Table(title=f"{machine['device']} ({machine['isa']}), torch {machine['torch']}, one thread, medians")
-    table.add_column("case")
-    table.add_column("provider")
-    for heading in ("ms", "GFLOP/s", "error", "times the best other"):
+    console = Console(width=max(140, Console().width))
+    console.print(
+        f"{machine['device']}, {machine['isa']}, torch {machine['torch']}, vlmkern {machine['vlmkern']}; "
+        "milliseconds of CPU time on one thread, medians"
+    )
+    for suite, rows in suites.items():
+        console.print(_table(suite, rows))
+
+
+def _table(suite: str, rows: dict) -> Table:
+    providers = list(dict.fromkeys(provider for cases in rows.values() for provider in cases))
+    table = Table(title=suite, title_justify="left")
+    table.add_column("shape", no_wrap=True)
+    table.add_column("dtype")
+    for provider in providers:
+        table.add_column(provider, justify="right")
+    for heading in ("GFLOP/s", "of peak", "x best other", "error"):
         table.add_column(heading, justify="right")
-    for group, cases in groups.items():
-        for provider, case in cases.items():
-            median, info = case["stats"]["median"], case["extra_info"]
-            others = [c["stats"]["median"] for p, c in cases.items() if p != provider]
-            table.add_row(
-                group,
-                provider,
-                f"{median * 1e3:.2f}",
-                f"{info['gflops_per_s']:.0f}",
-                f"{info['relative_error']:.0e}",
-                f"{min(others) / median:.2f}" if others and provider == "vlmkern" else "",
-                end_section=provider == list(cases)[-1],
-            )
-    Console().print(table)
+    for (shape, dtype), cases in rows.items():
+        milliseconds = {provider: case["stats"]["median"] * 1e3 for provider, case in cases.items()}
+        ours = cases["vlmkern"]["extra_info"]
+        best = min(value for provider, value in milliseconds.items() if provider != "vlmkern")
+        table.add_row(
+            shape,
+            dtype,
+            *(f"{milliseconds[provider]:.2f}" if provider in milliseconds else "" for provider in providers),
+            f"{ours['gflops_per_s']:.0f}",
+            f"{ours['of_peak']:.0%}",
+            f"{best / milliseconds['vlmkern']:.2f}",
+            f"{ours['relative_error']:.0e}",
+        )
+    return table
 
 
 if __name__ == "__main__":
