@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 NATIVE := CMakeLists.txt $(shell find csrc -type f)
 
-.PHONY: setup demo test bench lint format dist clean
+.PHONY: setup demo test bench sanitize lint format dist clean
 
 setup: $(STAMP)
 
@@ -27,6 +27,13 @@ bench: setup
 	mkdir -p bench/out
 	$(BIN)/python -m pytest bench --benchmark-only --benchmark-json=bench/out/latest.json --quiet
 	$(BIN)/python bench/report.py bench/out/latest.json
+
+# the op tests on an extension built with AddressSanitizer and UndefinedBehaviorSanitizer, for each instruction set
+sanitize: setup
+	cmake -S . -B build/sanitize -DVLMKERN_SANITIZE=ON -DVLMKERN_CUDA=OFF -DCMAKE_BUILD_TYPE=Debug \
+	  -DPython_EXECUTABLE=$(abspath $(BIN)/python) -Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir)
+	cmake --build build/sanitize --parallel
+	$(BIN)/python tests/sanitize.py build/sanitize
 
 lint: setup
 	$(BIN)/ruff check

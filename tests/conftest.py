@@ -1,10 +1,16 @@
 """Fixtures shared by the suite, and the `gpu` marker's skip."""
 
+import os
 import shutil
 
 import pytest
 import torch
+from hypothesis import settings
 from support import DATA
+
+settings.register_profile("quick", max_examples=40, deadline=None)
+settings.register_profile("thorough", max_examples=400, deadline=None)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
 
 
 def pytest_collection_modifyitems(items):

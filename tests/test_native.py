@@ -39,6 +39,21 @@ for dtype, rtol in ((torch.float32, 2e-6), (torch.bfloat16, 2**-7), (torch.float
         values = bits.view(dtype)[None]
         up = torch.cat([values, torch.full_like(values, 64.0)], 1)
         torch.testing.assert_close(silu_mul(up), reference.silu_mul(up), rtol=0, atol=0, equal_nan=True)
+
+from vlmkern.native.attention import attention
+from vlmkern.native.linear import linear
+from vlmkern.reference import attention as reference_attention
+for dtype, limit in ((torch.float32, 2e-6), (torch.bfloat16, 2e-2), (torch.float16, 3e-3)):
+    for tokens, dim in ((1, 1), (7, 8), (50, 72), (300, 80), (17, 33)):
+        q, k, v = torch.randn(2, tokens, 3, 2, dim).to(dtype).unbind(2)
+        out, lse = attention(q, k, v, dim**-0.5, None, None)
+        exact, exact_lse = reference_attention.attention(q.double(), k.double(), v.double(), dim**-0.5, None, None)
+        torch.testing.assert_close(out.double(), exact, rtol=limit, atol=limit)
+        torch.testing.assert_close(lse.double(), exact_lse, rtol=1e-5, atol=2e-3 if dtype == torch.bfloat16 else 1e-5)
+    for rows in (1, 2, 3, 4):
+        x, weight, bias = (t.to(dtype) for t in (torch.randn(rows, 137), torch.randn(9, 137) / 12, torch.randn(9)))
+        exact = torch.nn.functional.linear(x.double(), weight.double(), bias.double())
+        torch.testing.assert_close(linear(x, weight, bias, "none", None).double(), exact, rtol=limit, atol=limit)
 print(vlmkern.backends()["native"]["isa"])
 """
 
@@ -107,13 +122,77 @@ def test_writes_only_its_output():
         ((0, 64, 26, 64, -1, 13, 1), "negative"),
         ((0, 64, 25, 64, 3, 13, 1), "up_stride: got 25, expected at least 2"),
         ((0, 64, 2**62, 64, 3, 13, 1), "up_stride"),
-        ((0, 64, 2**63 - 1, 64, 1, 2**62, 1), "up_stride"),
+        ((0, 64, 2**63 - 1, 64, 1, 2**62, 1), "cols"),
         ((0, 0, 26, 64, 3, 13, 1), "null pointer"),
     ],
 )
 def test_refuses_arguments_that_describe_no_memory(arguments, message):
     with pytest.raises(ValueError, match=message):
         vlmkern.native.extension().silu_mul_fwd(*arguments)
+
+
+S = (2 * 24, 24, 8)  # strides of a dense [1, 2, 3, 8]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((5, 64, 64, 64, S, S, S, 64, 64, 1, 2, 3, 8, 0, 0, 1.0, 1), "dtype"),
+        ((0, 64, 64, 64, S, S, S, 64, 64, 1, -2, 3, 8, 0, 0, 1.0, 1), "negative"),
+        ((0, 64, 64, 64, S, S, S, 64, 64, 1, 2, 3, 0, 0, 0, 1.0, 1), "head_dim at least 1"),
+        ((0, 64, 64, 64, S, S, S, 64, 64, 2**40, 2**40, 3, 8, 0, 0, 1.0, 1), "too large"),
+        ((0, 64, 64, 64, S, (48, -24, 8), S, 64, 64, 1, 2, 3, 8, 0, 0, 1.0, 1), "k: got a stride of -24"),
+        ((0, 64, 64, 64, S, S, (48, 2**60, 8), 64, 64, 1, 2, 3, 8, 0, 0, 1.0, 1), "v: got a stride"),
+        ((0, 64, 0, 64, S, S, S, 64, 64, 1, 2, 3, 8, 0, 0, 1.0, 1), "null pointer"),
+    ],
+)
+def test_attention_refuses_arguments_that_describe_no_memory(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        vlmkern.native.extension().attention_fwd(*arguments)
+
+
+@pytest.mark.parametrize("bounds", [[0, 3], [1, 2], [0, 5, 2], [0, -1, 2]])
+def test_attention_refuses_bounds_outside_the_tokens(bounds):
+    cu_seqlens = torch.tensor(bounds, dtype=torch.int32)
+    arguments = (0, 64, 64, 64, S, S, S, 64, 64, 1, 2, 3, 8, cu_seqlens.data_ptr(), len(bounds) - 1, 1.0, 1)
+    with pytest.raises(ValueError, match="cu_seqlens"):
+        vlmkern.native.extension().attention_fwd(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((0, 64, 8, 64, 8, 0, 64, 5, 8, 3, 1), "rows: expected 0 to 4"),
+        ((0, 64, 8, 64, 8, 0, 64, 1, 2**50, 3, 1), "out of range"),
+        ((0, 64, -8, 64, 8, 0, 64, 2, 8, 3, 1), "x_stride"),
+        ((0, 64, 8, 64, 2**60, 0, 64, 1, 8, 3, 1), "weight_stride"),
+        ((0, 64, 8, 0, 8, 0, 64, 1, 8, 3, 1), "null pointer"),
+    ],
+)
+def test_linear_refuses_arguments_that_describe_no_memory(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        vlmkern.native.extension().linear_few_rows(*arguments)
+
+
+def test_attention_threads_change_no_bit():
+    q, k, v = torch.randn(1, 333, 3, 3, 72).unbind(2)
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            results.append(vlmkern.ops.attention(q, k, v))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(results[0], result) for result in results[1:])
+
+
+def test_concurrent_attention():
+    inputs = [torch.randn(1, 100, 3, 2, 72).unbind(2) for _ in range(16)]
+    with ThreadPoolExecutor(4) as pool:
+        outputs = list(pool.map(lambda qkv: vlmkern.ops.attention(*qkv), inputs))
+    for qkv, out in zip(inputs, outputs, strict=True):
+        assert torch.equal(out, vlmkern.ops.attention(*qkv))
 
 
 def test_empty_touches_nothing():

@@ -261,7 +261,9 @@ void attend_block(const AttentionHead& head, const Layout<Maths>& layout, const 
     // the maximum is taken before scaling, so a negative scale moves its sign to the queries
     pack_lanes(scratch.rows, count, layout.head_words, scratch.q + j * kWidth, kLanes, head.scale < 0 ? Maths::sign_bits : 0);
   }
-  const Vec scale = set1((head.scale < 0 ? -head.scale : head.scale) * kLog2e);
+  // no scale is taken for the smallest one: 0 times the -inf that stands for "no key yet" would be NaN
+  const float magnitude = head.scale < 0 ? -head.scale : head.scale;
+  const Vec scale = set1((magnitude == 0 ? __FLT_MIN__ : magnitude) * kLog2e);
 
   Vec highest[vectors], sum[vectors];
   for (int j = 0; j < vectors; ++j) highest[j] = set1(-kInfinity), sum[j] = set1(0.0f);

@@ -16,7 +16,8 @@ void check_rows(DType dtype, int64_t rows, int64_t cols, int64_t up_stride, bool
   if (!known(dtype)) throw std::invalid_argument("dtype: unknown code");
   if (rows < 0 || cols < 0) throw std::invalid_argument("rows and cols must not be negative");
   constexpr int64_t kMax = std::numeric_limits<int64_t>::max() / 16;
-  if (cols > kMax || up_stride < 2 * cols || (rows > 0 && up_stride > kMax / rows))
+  if (cols > kMax) throw std::invalid_argument("cols: got " + std::to_string(cols) + ", which no memory holds");
+  if (up_stride < 2 * cols || (rows > 0 && up_stride > kMax / rows))
     throw std::invalid_argument("up_stride: got " + std::to_string(up_stride) + ", expected at least 2*cols = " + std::to_string(2 * cols) +
                                 " and rows * up_stride addressable");
   if (rows > 0 && cols > 0 && !pointers) throw std::invalid_argument("null pointer for a tensor that has elements");

@@ -1,0 +1,127 @@
+"""Native kernels against the reference on random shapes, strides, offsets and segment layouts.
+
+`HYPOTHESIS_PROFILE=thorough` tries 400 examples of each property instead of 40.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+import vlmkern
+from vlmkern import ops
+
+pytestmark = pytest.mark.skipif(not vlmkern.backends()["native"]["available"], reason="no native backend")
+
+DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
+LIMITS = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
+
+
+@st.composite
+def strided(draw, shape, dtype):
+    """A tensor of the shape inside a larger one, at an offset, its last stride 1, filled with NaN around it."""
+    before = [draw(st.integers(0, 2)) for _ in shape]
+    after = [draw(st.integers(0, 2)) for _ in shape]
+    order = draw(st.permutations(range(len(shape) - 1)))
+    outer = [b + n + a for b, n, a in zip(before, shape, after, strict=True)]
+    stored = torch.full([outer[i] for i in order] + outer[-1:], torch.nan, dtype=dtype)
+    view = stored.permute([order.index(i) for i in range(len(order))] + [len(order)])
+    view = view[tuple(slice(b, b + n) for b, n in zip(before, shape, strict=True))]
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    return view.copy_(torch.randn(shape, generator=generator))
+
+
+def compare(call, dtype):
+    with vlmkern.use_backend("native"):
+        actual = call()
+    with vlmkern.use_backend("reference"):
+        expected = call()
+    assert actual.shape == expected.shape and actual.is_contiguous() and actual.dtype == dtype
+    scale = expected.abs().max().clamp(min=1.0) if expected.numel() else 1.0
+    torch.testing.assert_close(actual / scale, expected / scale, rtol=0, atol=LIMITS[dtype])
+
+
+@given(st.data(), DTYPES, st.tuples(st.integers(0, 3), st.integers(0, 70), st.integers(1, 3), st.integers(1, 90)))
+def test_attention_dense(data, dtype, shape):
+    q, k, v = (data.draw(strided(shape, dtype)) for _ in range(3))
+    scale = data.draw(st.sampled_from([None, 0.3, -0.4, 0.0]))
+    compare(lambda: ops.attention(q, k, v, scale=scale), dtype)
+
+
+@given(st.data(), DTYPES, st.lists(st.integers(0, 50), max_size=6), st.integers(1, 3), st.integers(1, 90))
+def test_attention_packed(data, dtype, lengths, heads, dim):
+    q, k, v = (data.draw(strided((sum(lengths), heads, dim), dtype)) for _ in range(3))
+    bounds = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    compare(lambda: ops.attention(q, k, v, cu_seqlens=bounds, max_seqlen=max(lengths, default=0)), dtype)
+
+
+@given(st.data(), DTYPES, st.integers(1, 4), st.integers(1, 150), st.integers(1, 40), st.booleans())
+def test_linear_few_rows(data, dtype, rows, inputs, outputs, bias):
+    x, weight = data.draw(strided((rows, inputs), dtype)), data.draw(strided((outputs, inputs), dtype))
+    b = data.draw(strided((outputs,), dtype)) if bias else None
+    compare(lambda: ops.linear(x, weight, b), dtype)
+
+
+@given(st.data(), DTYPES, st.integers(0, 20), st.integers(1, 20), st.integers(1, 70))
+def test_swiglu_mlp(data, dtype, rows, inputs, features):
+    x = data.draw(strided((rows, inputs), dtype))
+    w_up, w_down = data.draw(strided((2 * features, inputs), dtype)), data.draw(strided((7, features), dtype))
+    compare(lambda: ops.swiglu_mlp(x, w_up, w_down), dtype)
+
+
+@given(
+    st.data(),
+    DTYPES,
+    st.tuples(st.integers(0, 3), st.integers(1, 6), st.integers(1, 6)),
+    st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    st.tuples(st.integers(1, 3), st.integers(1, 9), st.integers(1, 9)),
+    st.integers(1, 2),
+    st.booleans(),
+    st.booleans(),
+)
+def test_attention_pool(data, dtype, tiles_and_grid, window, heads_and_dims, layers, with_mask, with_keep):
+    if "attention_pool" not in vlmkern.backends()["native"]["ops"]:
+        pytest.skip("no native kernel")
+    (tiles, *grid), (heads, key_dim, value_dim) = tiles_and_grid, heads_and_dims
+    patches, channels = grid[0] * grid[1], data.draw(st.integers(1, 40))
+    features = [data.draw(strided((tiles, patches, channels), dtype)) for _ in range(layers)]
+    width = channels * layers
+    w_q, w_kv, w_o, pad_embed = (
+        data.draw(strided(shape, dtype))
+        for shape in (
+            (heads * key_dim, width),
+            (heads * (key_dim + value_dim), width),
+            (5, heads * value_dim),
+            (2, width),
+        )
+    )
+    b_q, b_kv, b_o = (data.draw(strided((w.shape[0],), dtype)) for w in (w_q, w_kv, w_o))
+    values = torch.tensor([1.0, 0.0, 0.37, 0.999, -1.0])
+    mask = values[data.draw(st.lists(st.integers(0, 4), min_size=tiles * patches, max_size=tiles * patches))]
+    windows = tiles * -(-grid[0] // window[0]) * -(-grid[1] // window[1])
+    assume(windows or not with_keep)
+    keep = torch.tensor(data.draw(st.lists(st.integers(0, max(windows - 1, 0)), max_size=8)), dtype=torch.int64)
+
+    def call():
+        return ops.attention_pool(
+            features,
+            w_q * width**-0.5,
+            b_q,
+            w_kv * width**-0.5,
+            b_kv,
+            w_o,
+            b_o,
+            grid=tuple(grid),
+            num_heads=heads,
+            window=window,
+            pad_embed=pad_embed if with_mask else None,
+            mask=mask.view(tiles, patches) if with_mask else None,
+            keep=keep if with_keep else None,
+        )
+
+    try:
+        compare(call, dtype)
+    except vlmkern.BackendUnavailable as declined:
+        assert "attention_pool" in str(declined)
