@@ -215,6 +215,12 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     return d_features, *d_weights, None, None, None, d_pad_embed, None, None
 
 
+def _native(*args: Any) -> Tensor:
+    from ..native.attention_pool import attention_pool
+
+    return attention_pool(*args)
+
+
 _op = _library.define(
     "attention_pool",
     "(Tensor[] features, Tensor w_q, Tensor? b_q, Tensor w_kv, Tensor? b_kv, Tensor w_o, Tensor? b_o,"
@@ -222,7 +228,7 @@ _op = _library.define(
     check=_check,
     check_values=_check_values,
     fake=_fake,
-    implementations={"reference": reference.attention_pool},
+    implementations={"reference": reference.attention_pool, "native": _native},
 )
 _op_bwd = _library.define(
     "attention_pool_bwd",
