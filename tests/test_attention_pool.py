@@ -223,6 +223,121 @@ class TestNumbers:
         torch.testing.assert_close(permuted, out[list(order)], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("backend", op_backends("attention_pool"))
+class TestLayouts:
+    """Released sizes, and what only fast implementations could get wrong."""
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize("form", ["released", "paper"])
+    def test_released_sizes_with_keep(self, backend, dtype, form):
+        """Error against float64: at most twice the reference's own plus 1e-6 of the largest value."""
+        w = (
+            Weights.make(2304, 16, 72, 72, 64, dtype=dtype)
+            if form == "released"
+            else Weights.make(2304, 1, 1152, 2304, 64, bias=False, dtype=dtype)
+        )
+        wide = torch.randn(2, 27 * 27, 2304).to(dtype)
+        mask, keep = random_mask(2, 27 * 27), torch.randperm(2 * 196)[:37]
+
+        def run(name, t):
+            wt = w.to(t)
+            with vlmkern.use_backend(name):
+                return ops.attention_pool(
+                    list(wide.to(t).chunk(2, -1)),
+                    *wt.projections,
+                    grid=(27, 27),
+                    num_heads=w.heads,
+                    pad_embed=wt.pad_embed,
+                    mask=mask,
+                    keep=keep,
+                )
+
+        exact = run("reference", torch.float64)
+        error, eager = ((run(b, dtype).double() - exact).abs().max() for b in (backend, "reference"))
+        assert error <= 2 * eager + 1e-6 * exact.abs().max()
+
+    @pytest.mark.parametrize("dtype", [torch.float32, *LOW_PRECISION])
+    @pytest.mark.parametrize(
+        ("heads", "key_dim", "value_dim", "channels"), [(3, 5, 7, 9), (2, 16, 8, 40), (1, 3, 5, 17), (5, 1, 1, 300)]
+    )
+    @pytest.mark.parametrize("window", [(2, 2), (1, 1), (2, 3), (3, 3)])
+    def test_odd_sizes(self, backend, dtype, heads, key_dim, value_dim, channels, window):
+        w = Weights.make(3 * channels, heads, key_dim, value_dim, 6, dtype=dtype)
+        features, mask = torch.randn(3, 2, 65, channels).to(dtype), random_mask(2, 65)
+
+        def run(t):
+            wt = w.to(t)
+            with vlmkern.use_backend(backend if t == dtype else "reference"):
+                return ops.attention_pool(
+                    list(features.to(t)),
+                    *wt.projections,
+                    grid=(13, 5),
+                    num_heads=heads,
+                    window=window,
+                    pad_embed=wt.pad_embed,
+                    mask=mask,
+                )
+
+        tolerance = {torch.float32: 2e-5, torch.float16: 8e-3, torch.bfloat16: 6e-2}[dtype]
+        torch.testing.assert_close(run(dtype).double(), run(torch.float64), rtol=tolerance, atol=tolerance)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize("heads", [1, 2])
+    def test_unaligned_pointers_and_strides_of_weights(self, backend, dtype, heads):
+        w = Weights.make(12, heads, 4, 4, 8, dtype=dtype)
+
+        def odd(t, pad=1):
+            return torch.nn.functional.pad(t, (pad, 2)).flatten()[1:-2].as_strided(t.shape, _strides(t, pad + 2))
+
+        def _strides(t, extra):
+            return (1,) if t.dim() == 1 else (t.shape[-1] + extra, 1)
+
+        features = list(torch.randn(2, 2, 15, 6).to(dtype))
+        storage = torch.zeros(2 * 15 * 9 + 1, dtype=dtype)
+        shifted = storage[1:].view(2, 15, 9)[..., 3:]
+        shifted.copy_(features[0])
+        options = {"grid": (3, 5), "num_heads": heads}
+        with vlmkern.use_backend(backend):
+            plain = ops.attention_pool(features, *w.projections, **options)
+            moved = ops.attention_pool([shifted, features[1]], *(odd(t) for t in w.projections), **options)
+        torch.testing.assert_close(moved, plain)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize("heads", [1, 4])
+    @pytest.mark.parametrize("value", [math.nan, math.inf])
+    def test_what_is_not_finite_stays_in_its_window(self, backend, dtype, heads, value):
+        w = Weights.make(16, heads, 4, 4, 8, dtype=dtype)
+        features = torch.randn(2, 1, 16 * 16, 8).to(dtype)
+        options = {"grid": (16, 16), "num_heads": heads}
+        with vlmkern.use_backend(backend):
+            clean = ops.attention_pool(list(features), *w.projections, **options)
+            features[1, 0, 5 * 16 + 7, 3] = value
+            dirty = ops.attention_pool(list(features), *w.projections, **options)
+        at = (5 // 2) * 8 + 7 // 2
+        assert dirty[0, at].isnan().all()
+        rest = torch.arange(64) != at
+        assert torch.equal(dirty[:, rest], clean[:, rest])
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize("windows", [1, 20, 350])
+    def test_threads_and_repeats_change_no_bit(self, backend, dtype, windows):
+        if backend == "reference":
+            pytest.skip("torch promises no such thing")
+        w = Weights.make(192, 4, 24, 24, 32, dtype=dtype)
+        features = list(torch.randn(2, 2, 27 * 27, 96).to(dtype))
+        keep = torch.arange(windows)
+        threads = torch.get_num_threads()
+        results = []
+        try:
+            for count in (1, 2, 2, 3, 1):
+                torch.set_num_threads(count)
+                with vlmkern.use_backend(backend):
+                    results.append(ops.attention_pool(features, *w.projections, grid=(27, 27), num_heads=4, keep=keep))
+        finally:
+            torch.set_num_threads(threads)
+        assert all(torch.equal(results[0], result) for result in results[1:])
+
+
 def problem(dtype=torch.float64, requires_grad=True):
     """Small sizes with every option in use."""
     w = Weights.make(8, 2, 3, 5, 6, dtype=dtype)
