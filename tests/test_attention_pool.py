@@ -476,3 +476,75 @@ def test_errors():
     check(ValueError, r"keep: got shape \[1, 1\]", keep=torch.zeros(1, 1, dtype=torch.int64))
     check(ValueError, "keep: got indices from -1 to 3", keep=torch.tensor([3, -1]))
     check(ValueError, "keep: got indices from 0 to 12, expected 0 to 11", keep=torch.tensor([0, 12]))
+
+
+class TestNativeArguments:
+    """The extension refuses what describes no memory, and leaves what is around its outputs alone."""
+
+    @pytest.fixture
+    def make(self):
+        report = vlmkern.backends()["native"]
+        if not report["available"]:
+            pytest.skip(report["reason"])
+
+        def make(dtype=0, features=((64, 90, 6),), tiles=2, channels=6, grid=(3, 5), window=(2, 2), windows=12, **more):
+            pointers = {"pad": 0, "pad_embed": 0, "keep": 0} | more
+            return vlmkern.native.extension().AttentionPool(
+                dtype, list(features), tiles, channels, grid, window, windows=windows, **pointers
+            )
+
+        return make
+
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"dtype": 7}, "dtype"),
+            ({"features": ()}, "layers at least 1"),
+            ({"features": ((0, 90, 6),)}, "null pointer"),
+            ({"features": ((64, -90, 6),)}, r"features\[0\]: got strides"),
+            ({"features": ((64, 90, 6), (64, 90, 2**60))}, r"features\[1\]: got strides"),
+            ({"grid": (0, 5)}, "grid and window"),
+            ({"window": (2, -1)}, "grid and window"),
+            ({"windows": 11}, "expected all of the grid's"),
+            ({"windows": -1}, "negative"),
+            ({"channels": 2**60}, "too large"),
+            ({"grid": (2**31, 2**31)}, "too large|too many"),
+            ({"pad": 64}, "pad_embed"),
+        ],
+    )
+    def test_refused(self, make, changes, message):
+        problem = make(**changes)
+        for call in (
+            lambda: problem.mean(64, 1),
+            lambda: problem.slots(64, 64, 1.0, 1),
+            lambda: problem.context(64, 64, 64, 0, 64, 2, 3, 3, 1.0, 1),
+        ):
+            with pytest.raises(ValueError, match=message):
+                call()
+
+    def test_refused_results_and_indices(self, make):
+        for arguments in ((0, 64, 64, 0, 64, 2, 3, 3), (64, 64, 64, 0, 0, 2, 3, 3), (64, 64, 64, 0, 64, 2, 0, 3)):
+            with pytest.raises(ValueError, match=r"null pointer|expected at least 1"):
+                make().context(*arguments, 1.0, 1)
+        with pytest.raises(ValueError, match="null pointer"):
+            make().mean(0, 1)
+        keep = torch.tensor([0, 12])
+        with pytest.raises(ValueError, match="keep: got 12, expected 0 to 11"):
+            make(keep=keep.data_ptr(), windows=2).mean(64, 1)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_writes_only_its_outputs(self, make, dtype):
+        x, weights = torch.randn(2, 15, 6).to(dtype), torch.randn(16, 6).to(dtype)
+        code = {torch.float32: 0, torch.bfloat16: 1}[dtype]
+        problem = make(dtype=code, features=((x.data_ptr(), 90, 6),))
+        at = [weights.data_ptr()] * 2
+        q = torch.randn(12, 6).to(dtype)
+        for size, run in (
+            (6, lambda out: problem.mean(out, 1)),
+            (6, lambda out: problem.slots(q.data_ptr(), out, 1.0, 1)),
+            (10, lambda out: problem.context(q.data_ptr(), *at, 0, out, 2, 3, 5, 1.0, 1)),
+        ):
+            buffer = torch.full((12 * size + 64,), torch.nan, dtype=dtype)
+            out = buffer[32:-32]
+            run(out.data_ptr())
+            assert buffer[:32].isnan().all() and buffer[-32:].isnan().all() and out.isfinite().all()

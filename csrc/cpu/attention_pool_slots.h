@@ -22,8 +22,9 @@ inline Slot<T> slot_at(const PoolWindows& p, int64_t window, int64_t j, int64_t 
   const PoolSlot& s = p.slots[window * p.size + j];
   if (s.patch < 0) return {nullptr, nullptr};
   const PoolFeature& f = p.features[layer];
-  const T* pad = static_cast<const T*>(p.pad_embed) + ((s.pad - 1) * p.layers + layer) * p.channels + channel;
-  return {static_cast<const T*>(f.data) + s.tile * f.tile_stride + s.patch * f.patch_stride + channel, s.pad > 0 ? pad : nullptr};
+  const T* pad = nullptr;
+  if (s.pad > 0) pad = static_cast<const T*>(p.pad_embed) + ((s.pad - 1) * p.layers + layer) * p.channels + channel;
+  return {static_cast<const T*>(f.data) + s.tile * f.tile_stride + s.patch * f.patch_stride + channel, pad};
 }
 
 // Channels c.. of a slot, at most a vector of `n`, rounded as the sum of patch and pad embedding is.
