@@ -5,8 +5,12 @@
 
 #include <array>
 #include <cstdint>
+#include <string>
+#include <tuple>
+#include <vector>
 
 #include "cpu/attention.h"
+#include "cpu/attention_pool.h"
 #include "cpu/isa.h"
 #include "cpu/linear.h"
 #include "cpu/swiglu_mlp.h"
@@ -25,6 +29,29 @@ void* at(uintptr_t address) { return reinterpret_cast<void*>(address); }
 using Strides = std::array<int64_t, 3>;
 
 Attention::Strides strides(const Strides& s) { return {s[0], s[1], s[2]}; }
+
+// The windows of attention_pool, with what a problem's features point to.
+class PoolProblem {
+ public:
+  using Feature = std::tuple<uintptr_t, int64_t, int64_t>;  // address, strides of tiles and patches
+
+  PoolProblem(int dtype, const std::vector<Feature>& features, int64_t tiles, int64_t channels, std::array<int64_t, 2> grid,
+              std::array<int64_t, 2> window, uintptr_t pad, uintptr_t pad_embed, uintptr_t keep, int64_t windows) {
+    for (const auto& [address, tile_stride, patch_stride] : features) features_.push_back({at(address), tile_stride, patch_stride});
+    p_.dtype = static_cast<DType>(dtype);
+    p_.features = features_.data(), p_.layers = int64_t(features_.size());
+    p_.tiles = tiles, p_.channels = channels;
+    p_.grid_rows = grid[0], p_.grid_cols = grid[1], p_.window_rows = window[0], p_.window_cols = window[1];
+    p_.pad = static_cast<const uint8_t*>(at(pad)), p_.pad_embed = at(pad_embed);
+    p_.keep = static_cast<const int64_t*>(at(keep)), p_.windows = windows;
+  }
+  PoolProblem(const PoolProblem&) = delete;
+  const AttentionPool& get() const { return p_; }
+
+ private:
+  std::vector<PoolFeature> features_;
+  AttentionPool p_;
+};
 
 std::vector<std::string> usable_isas() {
   std::vector<std::string> names;
@@ -76,6 +103,34 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
       py::arg("dtype"), py::arg("q"), py::arg("k"), py::arg("v"), py::arg("q_strides"), py::arg("k_strides"), py::arg("v_strides"),
       py::arg("out"), py::arg("lse"), py::arg("batch"), py::arg("tokens"), py::arg("heads"), py::arg("head_dim"), py::arg("cu_seqlens"),
       py::arg("segments"), py::arg("scale"), py::arg("threads"));
+  py::class_<PoolProblem>(m, "AttentionPool", "Addresses and sizes only: the caller keeps the tensors alive")
+      .def(py::init<int, const std::vector<PoolProblem::Feature>&, int64_t, int64_t, std::array<int64_t, 2>, std::array<int64_t, 2>, uintptr_t,
+                    uintptr_t, uintptr_t, int64_t>(),
+           py::arg("dtype"), py::arg("features"), py::arg("tiles"), py::arg("channels"), py::arg("grid"), py::arg("window"), py::arg("pad"),
+           py::arg("pad_embed"), py::arg("keep"), py::arg("windows"))
+      .def(
+          "mean",
+          [](const PoolProblem& p, uintptr_t mean, int threads) {
+            py::gil_scoped_release release;
+            attention_pool_mean(p.get(), at(mean), threads);
+          },
+          py::arg("mean"), py::arg("threads"))
+      .def(
+          "context",
+          [](const PoolProblem& p, uintptr_t q, uintptr_t w_k, uintptr_t w_v, uintptr_t b_v, uintptr_t context, int64_t heads,
+             int64_t key_dim, int64_t value_dim, float scale, int threads) {
+            py::gil_scoped_release release;
+            attention_pool_context(p.get(), at(q), at(w_k), at(w_v), at(b_v), at(context), heads, key_dim, value_dim, scale, threads);
+          },
+          py::arg("q"), py::arg("w_k"), py::arg("w_v"), py::arg("b_v"), py::arg("context"), py::arg("heads"), py::arg("key_dim"),
+          py::arg("value_dim"), py::arg("scale"), py::arg("threads"))
+      .def(
+          "slots",
+          [](const PoolProblem& p, uintptr_t q, uintptr_t pooled, float scale, int threads) {
+            py::gil_scoped_release release;
+            attention_pool_slots(p.get(), at(q), at(pooled), scale, threads);
+          },
+          py::arg("q"), py::arg("pooled"), py::arg("scale"), py::arg("threads"));
   m.attr("max_linear_rows") = kMaxLinearRows;
   m.def(
       "linear_few_rows",

@@ -223,6 +223,121 @@ class TestNumbers:
         torch.testing.assert_close(permuted, out[list(order)], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("backend", op_backends("attention_pool"))
+class TestLayouts:
+    """Released sizes, and what only fast implementations could get wrong."""
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize("form", ["released", "paper"])
+    def test_released_sizes_with_keep(self, backend, dtype, form):
+        """Error against float64: at most twice the reference's own plus 1e-6 of the largest value."""
+        w = (
+            Weights.make(2304, 16, 72, 72, 64, dtype=dtype)
+            if form == "released"
+            else Weights.make(2304, 1, 1152, 2304, 64, bias=False, dtype=dtype)
+        )
+        wide = torch.randn(2, 27 * 27, 2304).to(dtype)
+        mask, keep = random_mask(2, 27 * 27), torch.randperm(2 * 196)[:37]
+
+        def run(name, t):
+            wt = w.to(t)
+            with vlmkern.use_backend(name):
+                return ops.attention_pool(
+                    list(wide.to(t).chunk(2, -1)),
+                    *wt.projections,
+                    grid=(27, 27),
+                    num_heads=w.heads,
+                    pad_embed=wt.pad_embed,
+                    mask=mask,
+                    keep=keep,
+                )
+
+        exact = run("reference", torch.float64)
+        error, eager = ((run(b, dtype).double() - exact).abs().max() for b in (backend, "reference"))
+        assert error <= 2 * eager + 1e-6 * exact.abs().max()
+
+    @pytest.mark.parametrize("dtype", [torch.float32, *LOW_PRECISION])
+    @pytest.mark.parametrize(
+        ("heads", "key_dim", "value_dim", "channels"), [(3, 5, 7, 9), (2, 16, 8, 40), (1, 3, 5, 17), (5, 1, 1, 300)]
+    )
+    @pytest.mark.parametrize("window", [(2, 2), (1, 1), (2, 3), (3, 3)])
+    def test_odd_sizes(self, backend, dtype, heads, key_dim, value_dim, channels, window):
+        w = Weights.make(3 * channels, heads, key_dim, value_dim, 6, dtype=dtype)
+        features, mask = torch.randn(3, 2, 65, channels).to(dtype), random_mask(2, 65)
+
+        def run(t):
+            wt = w.to(t)
+            with vlmkern.use_backend(backend if t == dtype else "reference"):
+                return ops.attention_pool(
+                    list(features.to(t)),
+                    *wt.projections,
+                    grid=(13, 5),
+                    num_heads=heads,
+                    window=window,
+                    pad_embed=wt.pad_embed,
+                    mask=mask,
+                )
+
+        tolerance = {torch.float32: 2e-5, torch.float16: 8e-3, torch.bfloat16: 6e-2}[dtype]
+        torch.testing.assert_close(run(dtype).double(), run(torch.float64), rtol=tolerance, atol=tolerance)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize("heads", [1, 2])
+    def test_unaligned_pointers_and_strides_of_weights(self, backend, dtype, heads):
+        w = Weights.make(12, heads, 4, 4, 8, dtype=dtype)
+
+        def odd(t, pad=1):
+            return torch.nn.functional.pad(t, (pad, 2)).flatten()[1:-2].as_strided(t.shape, _strides(t, pad + 2))
+
+        def _strides(t, extra):
+            return (1,) if t.dim() == 1 else (t.shape[-1] + extra, 1)
+
+        features = list(torch.randn(2, 2, 15, 6).to(dtype))
+        storage = torch.zeros(2 * 15 * 9 + 1, dtype=dtype)
+        shifted = storage[1:].view(2, 15, 9)[..., 3:]
+        shifted.copy_(features[0])
+        options = {"grid": (3, 5), "num_heads": heads}
+        with vlmkern.use_backend(backend):
+            plain = ops.attention_pool(features, *w.projections, **options)
+            moved = ops.attention_pool([shifted, features[1]], *(odd(t) for t in w.projections), **options)
+        torch.testing.assert_close(moved, plain)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize("heads", [1, 4])
+    @pytest.mark.parametrize("value", [math.nan, math.inf])
+    def test_what_is_not_finite_stays_in_its_window(self, backend, dtype, heads, value):
+        w = Weights.make(16, heads, 4, 4, 8, dtype=dtype)
+        features = torch.randn(2, 1, 16 * 16, 8).to(dtype)
+        options = {"grid": (16, 16), "num_heads": heads}
+        with vlmkern.use_backend(backend):
+            clean = ops.attention_pool(list(features), *w.projections, **options)
+            features[1, 0, 5 * 16 + 7, 3] = value
+            dirty = ops.attention_pool(list(features), *w.projections, **options)
+        at = (5 // 2) * 8 + 7 // 2
+        assert dirty[0, at].isnan().all()
+        rest = torch.arange(64) != at
+        assert torch.equal(dirty[:, rest], clean[:, rest])
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize("windows", [1, 20, 350])
+    def test_threads_and_repeats_change_no_bit(self, backend, dtype, windows):
+        if backend == "reference":
+            pytest.skip("torch promises no such thing")
+        w = Weights.make(192, 4, 24, 24, 32, dtype=dtype)
+        features = list(torch.randn(2, 2, 27 * 27, 96).to(dtype))
+        keep = torch.arange(windows)
+        threads = torch.get_num_threads()
+        results = []
+        try:
+            for count in (1, 2, 2, 3, 1):
+                torch.set_num_threads(count)
+                with vlmkern.use_backend(backend):
+                    results.append(ops.attention_pool(features, *w.projections, grid=(27, 27), num_heads=4, keep=keep))
+        finally:
+            torch.set_num_threads(threads)
+        assert all(torch.equal(results[0], result) for result in results[1:])
+
+
 def problem(dtype=torch.float64, requires_grad=True):
     """Small sizes with every option in use."""
     w = Weights.make(8, 2, 3, 5, 6, dtype=dtype)
@@ -361,3 +476,75 @@ def test_errors():
     check(ValueError, r"keep: got shape \[1, 1\]", keep=torch.zeros(1, 1, dtype=torch.int64))
     check(ValueError, "keep: got indices from -1 to 3", keep=torch.tensor([3, -1]))
     check(ValueError, "keep: got indices from 0 to 12, expected 0 to 11", keep=torch.tensor([0, 12]))
+
+
+class TestNativeArguments:
+    """The extension refuses what describes no memory, and leaves what is around its outputs alone."""
+
+    @pytest.fixture
+    def make(self):
+        report = vlmkern.backends()["native"]
+        if not report["available"]:
+            pytest.skip(report["reason"])
+
+        def make(dtype=0, features=((64, 90, 6),), tiles=2, channels=6, grid=(3, 5), window=(2, 2), windows=12, **more):
+            pointers = {"pad": 0, "pad_embed": 0, "keep": 0} | more
+            return vlmkern.native.extension().AttentionPool(
+                dtype, list(features), tiles, channels, grid, window, windows=windows, **pointers
+            )
+
+        return make
+
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"dtype": 7}, "dtype"),
+            ({"features": ()}, "layers at least 1"),
+            ({"features": ((0, 90, 6),)}, "null pointer"),
+            ({"features": ((64, -90, 6),)}, r"features\[0\]: got strides"),
+            ({"features": ((64, 90, 6), (64, 90, 2**60))}, r"features\[1\]: got strides"),
+            ({"grid": (0, 5)}, "grid and window"),
+            ({"window": (2, -1)}, "grid and window"),
+            ({"windows": 11}, "expected all of the grid's"),
+            ({"windows": -1}, "negative"),
+            ({"channels": 2**60}, "too large"),
+            ({"grid": (2**31, 2**31)}, "too large|too many"),
+            ({"pad": 64}, "pad_embed"),
+        ],
+    )
+    def test_refused(self, make, changes, message):
+        problem = make(**changes)
+        for call in (
+            lambda: problem.mean(64, 1),
+            lambda: problem.slots(64, 64, 1.0, 1),
+            lambda: problem.context(64, 64, 64, 0, 64, 2, 3, 3, 1.0, 1),
+        ):
+            with pytest.raises(ValueError, match=message):
+                call()
+
+    def test_refused_results_and_indices(self, make):
+        for arguments in ((0, 64, 64, 0, 64, 2, 3, 3), (64, 64, 64, 0, 0, 2, 3, 3), (64, 64, 64, 0, 64, 2, 0, 3)):
+            with pytest.raises(ValueError, match=r"null pointer|expected at least 1"):
+                make().context(*arguments, 1.0, 1)
+        with pytest.raises(ValueError, match="null pointer"):
+            make().mean(0, 1)
+        keep = torch.tensor([0, 12])
+        with pytest.raises(ValueError, match="keep: got 12, expected 0 to 11"):
+            make(keep=keep.data_ptr(), windows=2).mean(64, 1)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_writes_only_its_outputs(self, make, dtype):
+        x, weights = torch.randn(2, 15, 6).to(dtype), torch.randn(16, 6).to(dtype)
+        code = {torch.float32: 0, torch.bfloat16: 1}[dtype]
+        problem = make(dtype=code, features=((x.data_ptr(), 90, 6),))
+        at = [weights.data_ptr()] * 2
+        q = torch.randn(12, 6).to(dtype)
+        for size, run in (
+            (6, lambda out: problem.mean(out, 1)),
+            (6, lambda out: problem.slots(q.data_ptr(), out, 1.0, 1)),
+            (10, lambda out: problem.context(q.data_ptr(), *at, 0, out, 2, 3, 5, 1.0, 1)),
+        ):
+            buffer = torch.full((12 * size + 64,), torch.nan, dtype=dtype)
+            out = buffer[32:-32]
+            run(out.data_ptr())
+            assert buffer[:32].isnan().all() and buffer[-32:].isnan().all() and out.isfinite().all()

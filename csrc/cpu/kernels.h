@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "cpu/attention.h"
+#include "cpu/attention_pool.h"
 #include "cpu/dtype.h"
 #include "cpu/linear.h"
 
@@ -16,6 +17,15 @@ struct Kernels {
   // Bytes of scratch, 64-byte aligned, that attention_head wants for segments of up to `tokens`.
   size_t (*attention_scratch)(DType, int64_t tokens, int64_t head_dim);
   void (*attention_head)(const AttentionHead&, void* scratch);
+
+  // Windows per vector: blocks of windows are multiples of it, but for the last.
+  int64_t (*attention_pool_lanes)();
+  // Bytes of scratch, 64-byte aligned, that attention_pool_heads wants for windows of `size` slots.
+  size_t (*attention_pool_scratch)(DType, int64_t size, int64_t heads, int64_t key_dim, int64_t value_dim);
+  void (*attention_pool_heads)(const PoolHeads&, void* scratch);
+  void (*attention_pool_mean)(const PoolWindows&, int64_t begin, int64_t end, void* mean);
+  // scratch: a vector per slot of a window
+  void (*attention_pool_slots)(const PoolWindows&, const void* q, int64_t begin, int64_t end, float scale, void* scratch, void* pooled);
 
   // Outputs begin to end of all rows.
   void (*linear_few_rows)(const FewRowsLinear&, int64_t begin, int64_t end);

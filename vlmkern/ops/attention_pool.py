@@ -222,7 +222,10 @@ _op = _library.define(
     check=_check,
     check_values=_check_values,
     fake=_fake,
-    implementations={"reference": reference.attention_pool},
+    implementations={
+        "reference": reference.attention_pool,
+        "native": _library.lazy("native.attention_pool", "attention_pool"),
+    },
 )
 _op_bwd = _library.define(
     "attention_pool_bwd",

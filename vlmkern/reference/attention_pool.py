@@ -94,7 +94,7 @@ def attention_pool_bwd(
     ]
     if pad_embed is not None:
         assert mask is not None
-        zero, partial = (chosen.flatten().to(x.dtype) for chosen in _pad_rows(mask))
+        zero, partial = (chosen.flatten().to(x.dtype) for chosen in pad_rows(mask))
         grads.append(torch.stack([zero @ per_patch, partial @ per_patch]))
     return [g.contiguous() for g, want in zip(grads, wanted, strict=False) if want]
 
@@ -139,12 +139,12 @@ def _gather(features: list[Tensor], slots: _Slots, pad_embed: Tensor | None, mas
     x = torch.cat([f.flatten(0, 1)[slots.patch] for f in features], dim=-1)
     if pad_embed is not None:
         assert mask is not None
-        for row, chosen in zip(pad_embed, _pad_rows(mask), strict=True):
+        for row, chosen in zip(pad_embed, pad_rows(mask), strict=True):
             x = x + torch.where(chosen.flatten()[slots.patch].unsqueeze(-1), row, 0)
     return torch.where(slots.inside.unsqueeze(-1), x, 0)
 
 
-def _pad_rows(mask: Tensor) -> tuple[Tensor, Tensor]:
+def pad_rows(mask: Tensor) -> tuple[Tensor, Tensor]:
     """Where pad_embed[0] and pad_embed[1] are added, compared in the mask's own dtype."""
     return mask == 0, (mask < 1) & (mask != 0)
 

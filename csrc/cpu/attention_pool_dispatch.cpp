@@ -1,0 +1,184 @@
+#include <omp.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <memory>
+#include <new>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "cpu/kernels.h"
+
+namespace vlmkern {
+namespace {
+
+constexpr int64_t kAlignment = 64;
+// sizes above this cannot be real and would overflow address arithmetic
+constexpr int64_t kLimit = int64_t(1) << 48;
+
+void require(bool condition, const char* message) {
+  if (!condition) throw std::invalid_argument(message);
+}
+
+void require_product(const char* what, std::initializer_list<int64_t> sizes) {
+  int64_t elements = 1;
+  for (int64_t size : sizes) {
+    require(size >= 0, "sizes must not be negative");
+    if (size != 0 && elements > kLimit / size) throw std::invalid_argument(std::string(what) + ": too large");
+    elements *= std::max<int64_t>(size, 1);
+  }
+}
+
+int64_t windows_of(int64_t cells, int64_t window) { return (cells + window - 1) / window; }
+
+void check(const AttentionPool& p) {
+  require(known(p.dtype), "dtype: unknown code");
+  require(p.layers >= 1 && p.channels >= 0 && p.tiles >= 0 && p.windows >= 0, "sizes must not be negative, layers at least 1");
+  require(p.grid_rows >= 1 && p.grid_cols >= 1 && p.window_rows >= 1 && p.window_cols >= 1, "grid and window: expected at least 1 x 1");
+  require_product("windows", {p.windows, p.window_rows, p.window_cols});
+  require_product("features", {p.tiles, p.grid_rows, p.grid_cols, p.layers, p.channels});
+  require_product("windows", {p.windows, p.layers, p.channels});
+  // a slot's place is kept in 32 bits
+  constexpr int64_t kMost = (int64_t(1) << 31) - 1;
+  require(p.tiles <= kMost && p.grid_rows <= kMost / p.grid_cols, "features: too many tiles or patches");
+  const int64_t patches = p.grid_rows * p.grid_cols;
+  const bool reads = p.windows > 0 && p.channels > 0;
+  require(p.features != nullptr, "features: null pointer");
+  for (int64_t i = 0; i < p.layers; ++i) {
+    const PoolFeature& f = p.features[i];
+    const auto fits = [](int64_t stride, int64_t size) { return size <= 1 || (stride >= 0 && stride <= kLimit / size); };
+    if (!fits(f.tile_stride, p.tiles) || !fits(f.patch_stride, patches))
+      throw std::invalid_argument("features[" + std::to_string(i) + "]: got strides (" + std::to_string(f.tile_stride) + ", " +
+                                  std::to_string(f.patch_stride) + ")");
+    require(!reads || f.data, "null pointer for a tensor that has elements");
+  }
+  require(!p.pad || !reads || p.pad_embed, "pad_embed: expected with pad");
+  const int64_t all = p.tiles * windows_of(p.grid_rows, p.window_rows) * windows_of(p.grid_cols, p.window_cols);
+  if (p.keep == nullptr) {
+    require(p.windows == all, "windows: expected all of the grid's");
+    return;
+  }
+  for (int64_t i = 0; i < p.windows; ++i)
+    if (p.keep[i] < 0 || p.keep[i] >= all)
+      throw std::invalid_argument("keep: got " + std::to_string(p.keep[i]) + ", expected 0 to " + std::to_string(all - 1));
+}
+
+std::vector<PoolSlot> find_slots(const AttentionPool& p) {
+  const int64_t across = windows_of(p.grid_cols, p.window_cols), down = windows_of(p.grid_rows, p.window_rows);
+  const int64_t patches = p.grid_rows * p.grid_cols;
+  std::vector<PoolSlot> slots(p.windows * p.window_rows * p.window_cols);
+  PoolSlot* next = slots.data();
+  for (int64_t i = 0; i < p.windows; ++i) {
+    const int64_t window = p.keep ? p.keep[i] : i;
+    const int64_t tile = window / (across * down), top = window / across % down * p.window_rows, left = window % across * p.window_cols;
+    for (int64_t row = top; row < top + p.window_rows; ++row)
+      for (int64_t col = left; col < left + p.window_cols; ++col, ++next) {
+        const bool inside = row < p.grid_rows && col < p.grid_cols;
+        const int64_t patch = inside ? row * p.grid_cols + col : -1;
+        const int pad = inside && p.pad ? p.pad[tile * patches + patch] : 0;
+        require(pad <= 2, "pad: expected 0, 1 or 2");
+        *next = {int32_t(tile), int32_t(patch), pad};
+      }
+  }
+  return slots;
+}
+
+PoolWindows windows_from(const AttentionPool& p, const std::vector<PoolSlot>& slots) {
+  PoolWindows windows;
+  windows.dtype = p.dtype, windows.features = p.features, windows.layers = p.layers, windows.channels = p.channels;
+  windows.slots = slots.data(), windows.size = p.window_rows * p.window_cols, windows.pad_embed = p.pad_embed;
+  return windows;
+}
+
+struct Free {
+  void operator()(void* memory) const { std::free(memory); }
+};
+
+// Calls run(unit, scratch) for all units. Memory is taken before the threads start: an exception could not leave them.
+template <class Run>
+void over_units(int64_t units, int threads, size_t scratch, Run run) {
+  threads = int(std::clamp<int64_t>(threads, 1, std::max<int64_t>(1, units)));
+  scratch = (scratch + kAlignment - 1) / kAlignment * kAlignment;
+  const std::unique_ptr<void, Free> memory(std::aligned_alloc(kAlignment, std::max<size_t>(scratch, kAlignment) * threads));
+  if (!memory) throw std::bad_alloc();
+  if (threads == 1) {
+    for (int64_t unit = 0; unit < units; ++unit) run(unit, memory.get());
+    return;
+  }
+#pragma omp parallel num_threads(threads)
+  {
+    void* mine = static_cast<char*>(memory.get()) + scratch * omp_get_thread_num();
+#pragma omp for schedule(dynamic)
+    for (int64_t unit = 0; unit < units; ++unit) run(unit, mine);
+  }
+}
+
+// windows per unit of work of the kernels that go by windows; a unit reads 600 KB at the released sizes in bfloat16
+constexpr int64_t kWindowsPerUnit = 32;
+
+}  // namespace
+
+void attention_pool_mean(const AttentionPool& p, void* mean, int threads) {
+  check(p);
+  if (p.windows == 0 || p.channels == 0) return;
+  require(mean, "null pointer for a tensor that has elements");
+  const std::vector<PoolSlot> slots = find_slots(p);
+  const PoolWindows windows = windows_from(p, slots);
+  const Kernels& k = kernels();
+  over_units(windows_of(p.windows, kWindowsPerUnit), threads, 0, [&](int64_t unit, void*) {
+    k.attention_pool_mean(windows, unit * kWindowsPerUnit, std::min(p.windows, (unit + 1) * kWindowsPerUnit), mean);
+  });
+}
+
+void attention_pool_context(const AttentionPool& p, const void* q, const void* w_k, const void* w_v, const void* b_v, void* context,
+                            int64_t heads, int64_t key_dim, int64_t value_dim, float scale, int threads) {
+  check(p);
+  require(heads >= 1 && key_dim >= 1 && value_dim >= 1, "heads, key_dim and value_dim: expected at least 1");
+  require_product("weights", {heads, key_dim, p.layers, p.channels});
+  require_product("weights", {heads, value_dim, p.layers, p.channels});
+  require_product("q", {p.windows, heads, key_dim});
+  require_product("context", {p.windows, heads, value_dim});
+  if (p.windows == 0) return;
+  require(q && context && (p.channels == 0 || (w_k && w_v)), "null pointer for a tensor that has elements");
+  require(p.channels >= 1, "channels: expected at least 1");
+  const std::vector<PoolSlot> slots = find_slots(p);
+  const Kernels& k = kernels();
+
+  PoolHeads all;
+  all.windows = windows_from(p, slots);
+  all.q = q, all.w_k = w_k, all.w_v = w_v, all.b_v = b_v, all.context = context;
+  all.heads = heads, all.key_dim = key_dim, all.value_dim = value_dim, all.scale = scale;
+
+  // one unit of work is a block of windows; with fewer blocks than threads, a share of its heads (which packs the
+  // slots again). How the work is cut changes no result: each window and head is computed by itself, in the same order.
+  const int64_t lanes = k.attention_pool_lanes(), vectors = windows_of(p.windows, lanes);
+  threads = std::max(threads, 1);
+  int64_t blocks = windows_of(vectors, kPoolVectors);
+  if (blocks > threads / 2) blocks = std::min(vectors, windows_of(blocks, threads) * threads);
+  const int64_t shares = std::clamp<int64_t>(threads / blocks, 1, heads);
+  const size_t scratch = k.attention_pool_scratch(p.dtype, all.windows.size, windows_of(heads, shares), key_dim, value_dim);
+  over_units(blocks * shares, threads, scratch, [&](int64_t unit, void* mine) {
+    const int64_t block = unit / shares, share = unit % shares;
+    PoolHeads task = all;
+    task.begin = vectors * block / blocks * lanes;
+    task.end = std::min(p.windows, vectors * (block + 1) / blocks * lanes);
+    task.head_begin = heads * share / shares, task.head_end = heads * (share + 1) / shares;
+    k.attention_pool_heads(task, mine);
+  });
+}
+
+void attention_pool_slots(const AttentionPool& p, const void* q, void* pooled, float scale, int threads) {
+  check(p);
+  if (p.windows == 0 || p.channels == 0) return;
+  require(q && pooled, "null pointer for a tensor that has elements");
+  const std::vector<PoolSlot> slots = find_slots(p);
+  const PoolWindows windows = windows_from(p, slots);
+  const Kernels& k = kernels();
+  const size_t scratch = windows.size * k.attention_pool_lanes() * sizeof(float);
+  over_units(windows_of(p.windows, kWindowsPerUnit), threads, scratch, [&](int64_t unit, void* mine) {
+    k.attention_pool_slots(windows, q, unit * kWindowsPerUnit, std::min(p.windows, (unit + 1) * kWindowsPerUnit), scale, mine, pooled);
+  });
+}
+
+}  // namespace vlmkern

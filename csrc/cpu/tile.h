@@ -1,0 +1,115 @@
+// What the kernels with products in them share: operands packed as words, and the register tile that multiplies them.
+//
+// A word is 32 bits: a float32, or with AVX512_BF16 a pair of bfloat16 that vdpbf16ps multiplies and adds in one step.
+// One operand is broadcast, word by word; the other lies in the SIMD lanes.
+#pragma once
+
+#include "cpu/vec.h"
+
+namespace vlmkern {
+namespace VLMKERN_ISA {
+namespace {
+
+constexpr int kWidth = Vec::width;
+constexpr int kMaxVectors = 3;
+#if defined(__AVX512F__)
+constexpr int kRows = 8;  // 8 x 3 accumulators, 3 vectors in the lanes and a broadcast: 28 of 32 registers
+#else
+constexpr int kRows = 4;  // 4 x 3 + 3 + 1 = 16 of 16
+#endif
+constexpr float kInfinity = __builtin_inff();
+
+struct Float32 {
+  static constexpr int pair = 1;
+  static constexpr uint32_t sign_bits = 0x80000000;
+  static constexpr int exp2_degree = 6;
+  static Vec multiply_add(Vec a, Vec b, Vec sum) { return fma(a, b, sum); }
+};
+
+#if defined(__AVX512BF16__)
+struct Bf16Pairs {
+  static constexpr int pair = 2;
+  static constexpr uint32_t sign_bits = 0x80008000;
+  static constexpr int exp2_degree = 3;
+  static Vec multiply_add(Vec a, Vec b, Vec sum) { return {_mm512_dpbf16_ps(sum.v, (__m512bh)a.v, (__m512bh)b.v)}; }
+};
+
+// (first, second) of each lane, rounded to bfloat16, as neighbours
+inline Vec interleave(Vec first, Vec second) {
+  const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18,
+                                         2, 17, 1, 16, 0);
+  const __m512i halves = (__m512i)_mm512_cvtne2ps_pbh(second.v, first.v);
+  return {_mm512_castsi512_ps(_mm512_permutexvar_epi16(order, halves))};
+}
+
+// the same of bfloat16 that were widened: their bits are on top, so the second stays there and the first moves down
+inline Vec pair_up(Vec first, Vec second) {
+  return {_mm512_or_ps(_mm512_castsi512_ps(_mm512_srli_epi32(_mm512_castps_si512(first.v), 16)), second.v)};
+}
+#endif
+
+inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+// One row of a tensor as words.
+template <class Maths, typename T>
+void pack_row(const T* from, int64_t head_dim, int64_t words, float* to) {
+  if constexpr (Maths::pair == 1) {
+    (void)words;
+    for (int64_t d = 0; d < head_dim; d += kWidth) {
+      const int n = int(head_dim - d < kWidth ? head_dim - d : kWidth);
+      store_n(to + d, load_n(from + d, n), n);
+    }
+  } else {
+    if (head_dim % 2) to[words - 1] = 0;
+    memcpy(static_cast<void*>(to), from, head_dim * sizeof(T));
+  }
+}
+
+// Rows as [padded_rows / pair][padded_cols] words: the neighbours of a pair come from two rows. Zero beyond the rows and columns.
+template <class Maths, typename T>
+void pack_rows(const T* from, int64_t stride, int64_t rows, int64_t cols, int64_t padded_rows, int64_t padded_cols, float* to) {
+  for (int64_t first = 0; first < padded_rows; first += Maths::pair, to += padded_cols) {
+    for (int64_t d = 0; d < padded_cols; d += kWidth) {
+      const int lanes = int(padded_cols - d < kWidth ? padded_cols - d : kWidth);
+      const int64_t left = cols - d;
+      const int n = int(left < lanes ? (left > 0 ? left : 0) : lanes);
+      Vec words = first < rows ? load_n(from + first * stride + d, n) : set1(0.0f);
+#if defined(__AVX512BF16__)
+      if constexpr (Maths::pair == 2) words = pair_up(words, first + 1 < rows ? load_n(from + (first + 1) * stride + d, n) : set1(0.0f));
+#endif
+      store_n(to + d, words, lanes);
+    }
+  }
+}
+
+// Up to kWidth rows of words into the lanes: to[word * lane_stride + lane], zero in lanes beyond `count`.
+inline void pack_lanes(const float* rows, int64_t count, int64_t words, float* to, int64_t lane_stride, uint32_t flipped_bits) {
+  for (int64_t w = 0; w < words; w += kWidth) {
+    const int n = int(words - w < kWidth ? words - w : kWidth);
+    Vec square[kWidth];
+    for (int i = 0; i < kWidth; ++i) square[i] = i < count ? load_n(rows + i * words + w, n) : set1(0.0f);
+    transpose(square);
+    for (int i = 0; i < n; ++i) store(to + (w + i) * lane_stride, flip(square[i], flipped_bits));
+  }
+}
+
+// sum[r][j] += sum over steps of a[r * a_row + step * a_step] * b[step][j]
+template <class Maths, int vectors>
+inline __attribute__((always_inline)) void multiply(Vec (&sum)[kRows][vectors], const float* a, int64_t a_row, int64_t a_step,
+                                                    const float* b, int64_t steps) {
+  for (int64_t step = 0; step < steps; ++step, a += a_step, b += vectors * kWidth) {
+    Vec lanes[vectors];
+#pragma GCC unroll 4
+    for (int j = 0; j < vectors; ++j) lanes[j] = load(b + j * kWidth);
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+      const Vec x = set1(a[r * a_row]);
+#pragma GCC unroll 4
+      for (int j = 0; j < vectors; ++j) sum[r][j] = Maths::multiply_add(x, lanes[j], sum[r][j]);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace VLMKERN_ISA
+}  // namespace vlmkern

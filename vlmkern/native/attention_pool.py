@@ -1,0 +1,98 @@
+"""Attention pooling on CPU: torch's projections around the C++ kernels of csrc/cpu/attention_pool.cpp.
+
+Keys are never made, and values are pooled before they are projected: `vlmkern.reference.attention_pool` has the
+plain form, the C++ source the algebra.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .._backends import BackendUnavailable
+from ..reference.attention_pool import pad_rows, windows_per_tile
+from . import dtype_code, extension, require_dtype
+from .linear import linear_or_torch
+
+
+def attention_pool(
+    features: list[Tensor],
+    w_q: Tensor,
+    b_q: Tensor | None,
+    w_kv: Tensor,
+    b_kv: Tensor | None,
+    w_o: Tensor,
+    b_o: Tensor | None,
+    grid: list[int],
+    num_heads: int,
+    window: list[int],
+    pad_embed: Tensor | None,
+    mask: Tensor | None,
+    keep: Tensor | None,
+) -> Tensor:
+    """See `vlmkern.reference.attention_pool.attention_pool`."""
+    first = features[0]
+    require_dtype("attention_pool", first.dtype)
+    tiles, _, channels = first.shape
+    if channels == 0:
+        raise BackendUnavailable("backend 'native' has no attention_pool kernel for features without channels")
+    width = channels * len(features)
+    per_tile = windows_per_tile(grid, window)
+    windows = tiles * per_tile if keep is None else len(keep)
+    shape = (tiles, per_tile) if keep is None else (windows,)
+    if windows == 0:
+        return first.new_empty((*shape, len(w_o)))
+    w_k, w_v = w_kv.contiguous().split([len(w_q), w_o.shape[1]])
+    b_v = None if b_kv is None else b_kv.contiguous()[len(w_q) :]
+    pad = None if mask is None else _pad_kind(mask)
+    pad_embed = None if pad_embed is None else pad_embed.contiguous()
+    keep = None if keep is None else keep.contiguous()
+    threads = torch.get_num_threads()
+    problem = extension().AttentionPool(
+        dtype_code(first.dtype),
+        [(f.data_ptr(), f.stride(0), f.stride(1)) for f in features],
+        tiles,
+        channels,
+        grid,
+        window,
+        _address(pad),
+        _address(pad_embed),
+        _address(keep),
+        windows,
+    )
+
+    mean = first.new_empty((windows, width))
+    problem.mean(mean.data_ptr(), threads)
+    q = linear_or_torch(mean, w_q, b_q)
+    key_dim = len(w_q) // num_heads
+    if num_heads == 1:
+        # both products of the one head are as wide as the library likes them
+        pooled = mean
+        folded = linear_or_torch(q, w_k.T, None)
+        problem.slots(folded.data_ptr(), pooled.data_ptr(), key_dim**-0.5, threads)
+        context = linear_or_torch(pooled, w_v, b_v)
+    else:
+        context = first.new_empty((windows, len(w_v)))
+        problem.context(
+            q.data_ptr(),
+            w_k.data_ptr(),
+            w_v.data_ptr(),
+            _address(b_v),
+            context.data_ptr(),
+            num_heads,
+            key_dim,
+            len(w_v) // num_heads,
+            key_dim**-0.5,
+            threads,
+        )
+    return linear_or_torch(context, w_o, b_o).view(*shape, len(w_o))
+
+
+def _pad_kind(mask: Tensor) -> Tensor:
+    """0, or 1 + the row of pad_embed that is added to a patch."""
+    zero, partial = pad_rows(mask)
+    return (zero.to(torch.uint8) + 2 * partial.to(torch.uint8)).contiguous()
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
