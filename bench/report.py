@@ -25,6 +25,7 @@ def main(path: str) -> None:
         f"{machine['device']}, {machine['isa']}, torch {machine['torch']}, vlmkern {machine['vlmkern']}; "
         "milliseconds of CPU time on one thread, medians"
     )
+    console.print("GFLOP/s count the formula's work; forms that do less of it can exceed the measured peak")
     for suite, rows in suites.items():
         console.print(_table(suite, rows))
 

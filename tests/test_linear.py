@@ -124,12 +124,12 @@ class TestPackedWeights:
         return ops.linear(x, weight)
 
     def test_packed_at_the_second_use_and_released_with_the_weight(self):
-        from vlmkern.native import linear as native
+        from vlmkern.native import derived as native
 
         x, weight, _, _ = make(12, 64, 32)
         for _ in range(3):
             torch.testing.assert_close(self.run(x, weight), x @ weight.T, rtol=1e-4, atol=1e-5)
-        assert native._seen[weight].packed is not None
+        assert native._seen[weight]["onednn"].made is not None
         count = len(native._seen)
         del weight
         gc.collect()
@@ -156,7 +156,7 @@ class TestPackedWeights:
             torch.testing.assert_close(self.run(x, weight), x @ weight.T, rtol=1e-4, atol=1e-4)
 
     def test_switched_off(self, monkeypatch):
-        from vlmkern.native import linear as native
+        from vlmkern.native import derived as native
 
         monkeypatch.setenv("VLMKERN_PREPACK", "0")
         x, weight, _, _ = make(12, 64, 32)
