@@ -19,7 +19,7 @@ from torch import nn
 
 from vlmkern.models.jina_vlm.config import JinaVLMConfig, VisionConfig
 from vlmkern.models.jina_vlm.image_processor import JinaVLMImageProcessor
-from vlmkern.models.jina_vlm.vision import VisionModel
+from vlmkern.models.jina_vlm.vision import VisionModel, run_tower
 
 CROPS = 5  # a 2 x 2 tiling and the thumbnail
 SHAPES = ("same_work", "kept_windows")
@@ -81,7 +81,7 @@ def bench_vision_path_fwd(benchmark, shape, dtype, provider):
     module = (vision if provider == "vlmkern" else theirs).to(DTYPES[dtype]).requires_grad_(False)
     crops, mask = crops.to(DTYPES[dtype]), torch.ones(CROPS, 729)
     if provider == "vlmkern":
-        call = lambda: vision.vl_connector(vision(crops), mask, keep)  # noqa: E731
+        call = lambda: vision.vl_connector(run_tower(vision, crops), mask, keep)  # noqa: E731
     else:
         function = compiled(module) if provider == "compile" else module
         select = (lambda y: y) if keep is None else (lambda y: y.flatten(0, 1)[keep])

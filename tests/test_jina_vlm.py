@@ -71,18 +71,18 @@ class TestVision:
     def test_crops_without_kept_windows_are_not_run(self, model, tower_calls):
         crops, masks = torch.rand(1, 3, N, P) * 2 - 1, torch.ones(1, 3, N)
         model.encode_images(crops, masks, index((0, 3), (2, 5), tiles=3))
-        assert tower_calls == [2]
+        assert sum(tower_calls) == 2
 
     @torch.no_grad()
     def test_the_tower_runs_once_for_thumbnail_and_tile_of_a_small_image(self, model, tower_calls):
         inputs = JinaVLMImageProcessor().preprocess(torch.randint(0, 256, (60, 50, 3), dtype=torch.uint8).numpy())
         crops, masks = inputs.crops[None], inputs.image_masks[None]
         out = model.encode_images(crops, masks, inputs.image_input_idx[None])
-        assert tower_calls == [1]
+        assert sum(tower_calls) == 1
         pixel = crops[0, 1, 0, 0].item()
         crops[0, 1, 0, 0] = pixel + 1e-6
         apart = model.encode_images(crops, masks, inputs.image_input_idx[None])
-        assert tower_calls == [1, 2]
+        assert sum(tower_calls) == 3
         torch.testing.assert_close(out, apart, rtol=1e-4, atol=1e-4)
 
     @torch.no_grad()

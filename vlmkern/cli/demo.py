@@ -66,8 +66,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     new_tokens = options.max_new_tokens
     if new_tokens is None:
         new_tokens = 256 if options.checkpoint else 16
-    samples = SampledInputs(model)
-    with StageClock(model, progress, new_tokens, inputs.prompt_tokens) as clock, samples:
+    samples, crops = SampledInputs(model), inputs.model["crops"].shape[1]
+    with StageClock(model, progress, new_tokens, inputs.prompt_tokens, crops) as clock, samples:
         new_ids = model.generate(**inputs.model, max_new_tokens=new_tokens, eos_token_id=inputs.eos)
     stages += clock.stages()
     with progress.status("comparing the ops with the float32 reference"):

@@ -61,7 +61,7 @@ class StageClock:
     """Times tower, connector, prefill and decode of what runs inside its `with` block, and counts their FLOPs from
     the shapes that went through. On GPUs the times are the device's, as every stage ends with a wait for it."""
 
-    def __init__(self, model: JinaVLM, console: Console, new_tokens: int, prompt_tokens: int) -> None:
+    def __init__(self, model: JinaVLM, console: Console, new_tokens: int, prompt_tokens: int, crops: int) -> None:
         self._model = model
         self._sizes = _sizes(model)
         self._tower, self._connector = Stage("vision tower"), Stage("connector")
@@ -81,7 +81,7 @@ class StageClock:
         self._bars = {
             name: self._progress.add_task(name, total=total, unit=unit, start=False)
             for name, total, unit in (
-                ("vision tower", self._tower_blocks, "blocks"),
+                ("vision tower", self._tower_blocks * crops, f"blocks of {crops} crops"),
                 ("prefill", len(text.layers), f"layers, {prompt_tokens:,} tokens"),
                 ("decode", max(new_tokens - 1, 0), "tokens"),
             )
@@ -94,9 +94,11 @@ class StageClock:
         self._time(text, self._text_stage)
         self._time(self._model.lm_head, self._head_stage)
         for block in vision.layers:
-            self._handles.append(block.register_forward_hook(lambda *_: self._step("vision tower")))
+            self._handles.append(
+                block.register_forward_hook(lambda _, inputs, __: self._step("vision tower", len(inputs[0])))
+            )
         for block in text.layers:
-            self._handles.append(block.register_forward_hook(lambda *_: self._step("prefill", self._prefill)))
+            self._handles.append(block.register_forward_hook(lambda *_: self._step_prefill()))
         self._progress.start()
         return self
 
@@ -130,10 +132,13 @@ class StageClock:
         if self._model.device.type == "cuda":
             torch.cuda.synchronize()
 
-    def _step(self, bar: str, only: Stage | None = None) -> None:
-        if only is None or only is self._current:
-            self._progress.start_task(self._bars[bar])
-            self._progress.advance(self._bars[bar])
+    def _step(self, bar: str, steps: int = 1) -> None:
+        self._progress.start_task(self._bars[bar])
+        self._progress.advance(self._bars[bar], steps)
+
+    def _step_prefill(self) -> None:
+        if self._current is self._prefill:
+            self._step("prefill")
 
     def _tower_stage(self, inputs: tuple[Any, ...], output: Any) -> Stage:
         crops = len(inputs[0])
@@ -147,6 +152,9 @@ class StageClock:
         return self._tower
 
     def _connector_stage(self, inputs: tuple[Any, ...], output: Any) -> Stage:
+        # crops of equal pixels share a pass of the tower, which then ends early
+        tower = self._bars["vision tower"]
+        self._progress.update(tower, completed=self._progress.tasks[tower].total)
         windows = output.shape[:-1].numel()
         self._connector.flops += formulas.connector_flops(self._sizes, windows, windows * self._sizes.window**2)
         self._connector.tokens += windows

@@ -12,7 +12,7 @@ from . import checkpoint
 from .cache import KVCache
 from .config import JinaVLMConfig
 from .decoder import Decoder, LanguageHead
-from .vision import VisionModel
+from .vision import VisionModel, run_tower
 
 
 class _Body(nn.Module):
@@ -241,7 +241,7 @@ class JinaVLM(nn.Module):
         needed = torch.arange(count, device=crops.device) if keep is None else torch.unique(keep // windows)
         source = _first_of_equal(crops)[needed]
         run = torch.unique(source)
-        features = vision(crops if len(run) == count else crops[run])
+        features = run_tower(vision, crops if len(run) == count else crops[run])
         if len(run) < len(needed):
             copies = torch.searchsorted(run, source)
             features = [feature[copies] for feature in features]

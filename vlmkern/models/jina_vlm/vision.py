@@ -94,3 +94,11 @@ class VisionModel(nn.Module):
             outputs[self.config.num_layers] = self.post_lnorm(x)
         seen = (crops != PAD_PIXEL).flatten(1).any(1).view(-1, 1, 1)
         return [outputs[slot] * seen for slot in slots]
+
+
+def run_tower(vision: VisionModel, crops: Tensor) -> list[Tensor]:
+    """`vision(crops)`, on CPUs a few crops at a time: crops do not see each other, and the activations of one crop a
+    thread stay in cache, where those of thirteen are written to fresh memory (float32, five crops: 8 % of the time)."""
+    size = torch.get_num_threads() if crops.device.type == "cpu" else len(crops)
+    parts = [vision(part) for part in crops.split(max(1, size))]
+    return parts[0] if len(parts) == 1 else [torch.cat(outputs) for outputs in zip(*parts, strict=True)]
