@@ -16,8 +16,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit status."""
     options = _parser().parse_args(arguments)
     _refuse_large_images()
-    # transparent huge pages for tensors: without them page faults are a quarter of the demo's time
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     command: Callable[[argparse.Namespace], dict[str, Any] | None] = options.command
     try:
         report = command(options)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import math
+import sys
 import warnings
 import zlib
 from collections.abc import Iterator
@@ -38,7 +40,24 @@ def uninitialised(
     """A model whose weights are allocated and not yet set."""
     with torch.device("meta"):
         model = cls(config)
-    return model.to(dtype).to_empty(device=device)
+    model = model.to(dtype).to_empty(device=device)
+    _advise_huge_pages(model)
+    return model
+
+
+def _advise_huge_pages(model: JinaVLM) -> None:
+    """Asks Linux for 2 MiB pages under large weights that are not written yet: with small ones, page faults take half
+    of the time in which 5 GB of weights are set. Advice only; nothing depends on it."""
+    if not sys.platform.startswith("linux"):
+        return
+    page, advice = 1 << 21, 14  # MADV_HUGEPAGE
+    madvise = ctypes.CDLL(None).madvise
+    for parameter in model.parameters():
+        if parameter.device.type == "cpu":
+            start = -(-parameter.data_ptr() // page) * page
+            length = (parameter.data_ptr() + parameter.nbytes - start) // page * page
+            if length > 0:
+                madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), advice)
 
 
 def randomise(model: JinaVLM, seed: int) -> None:
