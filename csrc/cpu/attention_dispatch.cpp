@@ -8,18 +8,11 @@
 #include <stdexcept>
 #include <string>
 
+#include "cpu/check.h"
 #include "cpu/kernels.h"
 
 namespace vlmkern {
 namespace {
-
-constexpr int64_t kAlignment = 64;
-// sizes above this cannot be real and would overflow address arithmetic
-constexpr int64_t kLimit = int64_t(1) << 48;
-
-void require(bool condition, const char* message) {
-  if (!condition) throw std::invalid_argument(message);
-}
 
 void check_strides(const char* name, const Attention::Strides& s, const Attention& p) {
   const int64_t sizes[] = {p.batch, p.tokens, p.heads}, strides[] = {s.batch, s.token, s.head};
@@ -47,10 +40,6 @@ void check(const Attention& p) {
   require(p.cu_seqlens[0] == 0 && p.cu_seqlens[p.segments] == p.tokens, "cu_seqlens: expected bounds from 0 to the number of tokens");
   for (int64_t s = 0; s < p.segments; ++s) require(p.cu_seqlens[s] <= p.cu_seqlens[s + 1], "cu_seqlens: expected bounds that never decrease");
 }
-
-struct Free {
-  void operator()(void* memory) const { std::free(memory); }
-};
 
 }  // namespace
 

@@ -8,18 +8,11 @@
 #include <string>
 #include <vector>
 
+#include "cpu/check.h"
 #include "cpu/kernels.h"
 
 namespace vlmkern {
 namespace {
-
-constexpr int64_t kAlignment = 64;
-// sizes above this cannot be real and would overflow address arithmetic
-constexpr int64_t kLimit = int64_t(1) << 48;
-
-void require(bool condition, const char* message) {
-  if (!condition) throw std::invalid_argument(message);
-}
 
 void require_product(const char* what, std::initializer_list<int64_t> sizes) {
   int64_t elements = 1;
@@ -90,10 +83,6 @@ PoolWindows windows_from(const AttentionPool& p, const std::vector<PoolSlot>& sl
   windows.slots = slots.data(), windows.size = p.window_rows * p.window_cols, windows.pad_embed = p.pad_embed;
   return windows;
 }
-
-struct Free {
-  void operator()(void* memory) const { std::free(memory); }
-};
 
 // Calls run(unit, scratch) for all units. Memory is taken before the threads start: an exception could not leave them.
 template <class Run>

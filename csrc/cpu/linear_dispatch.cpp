@@ -1,17 +1,13 @@
 #include <omp.h>
 
 #include <algorithm>
-#include <stdexcept>
 
+#include "cpu/check.h"
 #include "cpu/kernels.h"
 
 namespace vlmkern {
 
 void linear_few_rows(const FewRowsLinear& p, int threads) {
-  constexpr int64_t kLimit = int64_t(1) << 48;
-  const auto require = [](bool condition, const char* message) {
-    if (!condition) throw std::invalid_argument(message);
-  };
   require(known(p.dtype), "dtype: unknown code");
   require(p.rows >= 0 && p.rows <= kMaxLinearRows, "rows: expected 0 to 4");
   require(p.inputs >= 0 && p.inputs <= kLimit && p.outputs >= 0 && p.outputs <= kLimit, "inputs, outputs: out of range");
