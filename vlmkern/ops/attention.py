@@ -115,14 +115,21 @@ _op = _library.define(
     check=_check,
     check_values=_check_values,
     fake=_fake,
-    implementations={"reference": reference.attention, "native": _library.lazy("native.attention", "attention")},
+    implementations={
+        "reference": reference.attention,
+        "native": _library.lazy("native.attention", "attention"),
+        "triton": _library.lazy("gpu.attention", "attention"),
+    },
 )
 _op_bwd = _library.define(
     "attention_bwd",
     "(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, float scale, Tensor? cu_seqlens,"
     " SymInt? max_seqlen) -> (Tensor, Tensor, Tensor)",
     fake=_fake_bwd,
-    implementations={"reference": reference.attention_bwd},
+    implementations={
+        "reference": reference.attention_bwd,
+        "triton": _library.lazy("gpu.attention", "attention_bwd"),
+    },
 )
 _library.differentiable(_op, setup_context=_setup_context, backward=_backward)
 _library.not_differentiable(_op_bwd)

@@ -1,0 +1,192 @@
+"""How kernels are launched, and the tables that say with which block sizes, warps and stages.
+
+Host functions call `select` for a configuration and `launch` to run a kernel. Nothing here touches a driver on import:
+the architecture is asked of the tensor's device at the first launch. Under `recording`, launches are noted in place of
+being run, for a target that need not be there; under `forced`, a kernel takes the configuration that it is given.
+
+A table is configs/sm_<arch>/<kernel>.json:
+
+    {"kernel": "...", "arch": 90, "source": "where the choice comes from",
+     "default": {"16": {...}, "32": {...}},
+     "entries": [{"bits": 16, "shape": {"tokens": 729, "head_dim": 72}, "config": {...}}, ...]}
+
+with configurations by the element size in bits. The nearest entry serves shapes within a factor of two of its own in
+every dimension, the default all others; entries whose configuration has "TMA" serve tensors that descriptors can take.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+Config = dict[str, Any]
+
+TABLES = Path(__file__).parent / "configs"
+ARCHS = (80, 90, 100)
+
+# what the compiler takes beside a kernel's own constants
+_OPTIONS = ("num_warps", "num_stages", "maxnreg")
+
+
+class Launch(NamedTuple):
+    """One call of a kernel."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    args: tuple[Any, ...]
+    constants: dict[str, Any]
+    options: dict[str, Any]
+
+    def run(self) -> None:
+        """Starts the kernel on the current device and stream."""
+        self.kernel[self.grid](*self.args, **self.constants, **self.options)
+
+
+class Kernel(NamedTuple):
+    """What tools that compile, tune and report kernels need to know of one.
+
+    Attributes:
+        function: the `triton.jit` function.
+        example: (dtype, device, **shape) -> a call without arguments that launches this kernel once.
+        shape: the keys of a shape and their values in jina-vlm at 13 crops.
+        shapes: further shapes worth an entry in the tables.
+        candidates: configurations that `vlmkern tune` tries.
+        dtypes: element types that the kernel takes.
+        cost: (bytes of an element, **shape) -> FLOPs and least bytes moved by the example.
+        baseline: a configuration that is compiled for comparison only.
+    """
+
+    function: Any
+    example: Callable[..., Callable[[], Any]]
+    shape: dict[str, int]
+    cost: Callable[..., tuple[float, float]]
+    candidates: tuple[Config, ...]
+    shapes: tuple[dict[str, int], ...] = ()
+    dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16, torch.float32)
+    baseline: Config | None = None
+
+    @property
+    def name(self) -> str:
+        """The Triton function's name, which is also its tables'."""
+        return self.function.__name__
+
+
+_recorded: list[Launch] | None = None
+_target: int | None = None
+_forced: dict[str, Config] = {}
+
+
+def launch(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], config: Config, **constants: Any) -> None:
+    """Runs `kernel` over `grid` with the block sizes and compiler options of `config`; the first tensor of `args` says
+    on which device. Programs are counted along the first axis, which alone may exceed 65,535."""
+    options = {key: config[key] for key in _OPTIONS if key in config}
+    constants |= {key: value for key, value in config.items() if key not in _OPTIONS}
+    call = Launch(kernel, grid, args, constants, options)
+    if _recorded is not None:
+        _recorded.append(call)
+        return
+    device = next(arg.device for arg in args if isinstance(arg, Tensor))
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            call.run()
+    else:
+        call.run()
+
+
+def select(name: str, like: Tensor, tma: bool = False, **shape: int) -> Config:
+    """The configuration of kernel `name` for elements of `like`'s dtype on its device and a problem's shape.
+
+    Args:
+        tma: whether descriptors can take the operands; without, configurations that have "TMA" are left out.
+    """
+    if name in _forced and (tma or not _forced[name].get("TMA")):
+        return _forced[name]
+    return _select(name, _arch(like.device), like.element_size() * 8, tma, **shape)
+
+
+@contextmanager
+def recording(arch: int | None = None) -> Iterator[list[Launch]]:
+    """Inside, launches are appended to the list that this gives, in place of being run. `arch` is the compute
+    capability, e.g. 90, that configurations are selected for where tensors are on no GPU."""
+    global _recorded, _target
+    before = _recorded, _target
+    _recorded, _target = [], arch
+    try:
+        yield _recorded
+    finally:
+        _recorded, _target = before
+
+
+@contextmanager
+def forced(name: str, config: Config) -> Iterator[None]:
+    """Inside, kernel `name` takes `config` in place of what its tables say, unless that needs descriptors that the
+    operands do not allow."""
+    before = dict(_forced)
+    _forced[name] = config
+    try:
+        yield
+    finally:
+        _forced.clear()
+        _forced.update(before)
+
+
+def table(name: str, arch: int) -> dict[str, Any]:
+    """The table of a kernel for an architecture that has one."""
+    return json.loads((TABLES / f"sm_{arch}" / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def rows(name: str, arch: int, bits: int) -> Iterator[tuple[dict[str, int] | None, Config]]:
+    """All shapes and configurations of a table for one element size; the shape of the default is None."""
+    content = table(name, arch)
+    for entry in content["entries"]:
+        if entry["bits"] == bits:
+            yield entry["shape"], entry["config"]
+    if str(bits) in content["default"]:
+        yield None, content["default"][str(bits)]
+
+
+def takes_descriptor(tensor: Tensor) -> bool:
+    """Whether TMA descriptors can address a tensor of unit last stride: 16-byte aligned base and strides."""
+    size = tensor.element_size()
+    return tensor.data_ptr() % 16 == 0 and all(stride * size % 16 == 0 for stride in tensor.stride()[:-1])
+
+
+@functools.cache
+def _select(name: str, arch: int, bits: int, tma: bool, **shape: int) -> Config:
+    nearest, distance = None, math.inf
+    for entry, config in rows(name, arch, bits):
+        if config.get("TMA") and not tma:
+            continue
+        # the default is farther than any entry within reach, and nearer than any other
+        away = 1.0 if entry is None else _distance(entry, shape)
+        if away < distance:
+            nearest, distance = config, away
+    assert nearest is not None, f"{name}: no configuration for sm_{arch}, {bits} bits"
+    return nearest
+
+
+def _distance(entry: dict[str, int], shape: dict[str, int]) -> float:
+    steps = [abs(math.log2(max(1, shape[key]) / value)) for key, value in entry.items()]
+    return sum(steps) / len(steps) if max(steps) < 1 else math.inf
+
+
+def _arch(device: torch.device) -> int:
+    if device.type == "cuda":
+        return _table_arch(device.index)
+    # the interpreter runs the tables of the architecture with the most variants
+    return _target or 90
+
+
+@functools.cache
+def _table_arch(index: int) -> int:
+    major, minor = torch.cuda.get_device_capability(index)
+    # consumer Blackwell (12.x) has the shared memory and the matrix instructions of 8.x
+    return {9: 90, 10: 100}.get(major, 80)

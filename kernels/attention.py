@@ -1,0 +1,306 @@
+"""Non-causal multi-head attention forward, dense or packed, for head dimensions that are no power of two.
+
+A head of D columns is split into LO + HI, each a power of two: 72 = 64 + 16 pads to 80 where padding to 128 would cost
+60 % more. The softmax is online over blocks of keys (Milakov and Gimelshein, 2018; Dao et al., 2022), in base 2.
+
+FLOPs: 4 * N^2 * D an image and head. Least bytes: q, k, v and the result once.
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from ._interpreter import mend
+from ._launch import Config, Kernel, launch, select, takes_descriptor
+
+mend()
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MAX_HEAD_DIM = 256
+
+_LOG2_E = math.log2(math.e)
+
+
+@triton.jit
+def load_rows(
+    p_rows,
+    stride,
+    rows,
+    COL: tl.constexpr,
+    FIRST: tl.constexpr,
+    D: tl.constexpr,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """Columns COL to COL + WIDTH of ROWS rows; zeros before column FIRST, behind D and, if MASKED, behind `rows`."""
+    o_row = tl.arange(0, ROWS)[:, None]
+    o_col = COL + tl.arange(0, WIDTH)[None, :]
+    p_tile = p_rows + o_row * stride + o_col
+    if COL >= FIRST and COL + WIDTH <= D:
+        if MASKED:
+            return tl.load(p_tile, mask=o_row < rows, other=0)
+        else:
+            return tl.load(p_tile)
+    m_col = (o_col >= FIRST) & (o_col < D)
+    if MASKED:
+        return tl.load(p_tile, mask=m_col & (o_row < rows), other=0)
+    else:
+        return tl.load(p_tile, mask=m_col & (o_row >= 0), other=0)
+
+
+@triton.jit
+def store_rows(
+    p_rows,
+    stride,
+    rows,
+    b_rows,
+    COL: tl.constexpr,
+    FIRST: tl.constexpr,
+    D: tl.constexpr,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """The reverse of `load_rows`, converting to the tensor's dtype."""
+    o_row = tl.arange(0, ROWS)[:, None]
+    o_col = COL + tl.arange(0, WIDTH)[None, :]
+    mask = (o_row < rows) & (o_col >= FIRST) & (o_col < D)
+    tl.store(p_rows + o_row * stride + o_col, b_rows.to(p_rows.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def segment(p_cu_seqlens, i_batch, tokens, PACKED: tl.constexpr):
+    """First token and length of an image: of the packed segment, else of [B, N, ...] tensors flattened to rows."""
+    if PACKED:
+        # untrusted bounds reach no token outside the tensors
+        start = tl.minimum(tl.maximum(tl.load(p_cu_seqlens + i_batch), 0), tokens)
+        end = tl.minimum(tl.load(p_cu_seqlens + i_batch + 1), tokens)
+        return start.to(tl.int64), tl.maximum(end - start, 0)
+    else:
+        return tl.zeros([], tl.int64), tokens
+
+
+@triton.jit
+def _attend(
+    b_acc_lo,
+    b_acc_hi,
+    b_max,
+    b_sum,
+    b_q_lo,
+    b_q_hi,
+    k,
+    v,
+    k_hi,
+    v_hi,
+    stride_k,
+    stride_v,
+    i_batch,
+    i_head,
+    i_key,
+    keys,
+    scale,
+    D: tl.constexpr,
+    LO: tl.constexpr,
+    HI: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    TMA: tl.constexpr,
+    NEGATED: tl.constexpr,
+    MASKED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """One block of keys: the running maximum, sum and weighted values after it."""
+    if TMA:
+        b_k_lo = k.load([i_batch, i_head, i_key, 0]).reshape(BLOCK_N, LO)
+        b_v_lo = v.load([i_batch, i_head, i_key, 0]).reshape(BLOCK_N, LO)
+    else:
+        p_k, p_v = k + tl.cast(i_key, tl.int64) * stride_k, v + tl.cast(i_key, tl.int64) * stride_v
+        b_k_lo = load_rows(p_k, stride_k, keys - i_key, 0, 0, D, BLOCK_N, LO, MASKED)
+        b_v_lo = load_rows(p_v, stride_v, keys - i_key, 0, 0, D, BLOCK_N, LO, MASKED)
+    b_s = tl.dot(b_q_lo, b_k_lo.T, input_precision=PRECISION)  # [BM, BN]
+    if HI:
+        if TMA:
+            b_k_hi = k_hi.load([i_batch, i_head, i_key, LO]).reshape(BLOCK_N, HI)
+            b_v_hi = v_hi.load([i_batch, i_head, i_key, LO]).reshape(BLOCK_N, HI)
+        else:
+            # the last columns, though some are in LO too: no mask is needed, as q has zeros there
+            b_k_hi = load_rows(p_k, stride_k, keys - i_key, D - HI, 0, D, BLOCK_N, HI, MASKED)
+            b_v_hi = load_rows(p_v, stride_v, keys - i_key, D - HI, 0, D, BLOCK_N, HI, MASKED)
+        b_s = tl.dot(b_q_hi, b_k_hi.T, b_s, input_precision=PRECISION)
+    if NEGATED:
+        b_s = -b_s
+    if MASKED:
+        b_s = tl.where((i_key + tl.arange(0, BLOCK_N))[None, :] < keys, b_s, float("-inf"))
+    b_new_max = tl.maximum(b_max, tl.max(b_s, 1) * scale)  # [BM]
+    b_p = tl.exp2(b_s * scale - b_new_max[:, None])
+    b_rescale = tl.exp2(b_max - b_new_max)
+    b_sum = b_sum * b_rescale + tl.sum(b_p, 1)
+    b_p = b_p.to(b_v_lo.dtype)
+    b_acc_lo = tl.dot(b_p, b_v_lo, b_acc_lo * b_rescale[:, None], input_precision=PRECISION)
+    if HI:
+        b_acc_hi = tl.dot(b_p, b_v_hi, b_acc_hi * b_rescale[:, None], input_precision=PRECISION)
+    return b_acc_lo, b_acc_hi, b_new_max, b_sum
+
+
+@triton.jit
+def attention_fwd_kernel(
+    p_q,
+    k,
+    v,
+    k_hi,
+    v_hi,
+    p_out,
+    p_lse,
+    p_cu_seqlens,
+    tokens,
+    blocks,
+    heads,
+    scale,
+    stride_qb,
+    stride_q,
+    stride_kb,
+    stride_k,
+    stride_vb,
+    stride_v,
+    stride_out,
+    STRIDE_QH: tl.constexpr,
+    STRIDE_KH: tl.constexpr,
+    STRIDE_VH: tl.constexpr,
+    D: tl.constexpr,
+    LO: tl.constexpr,
+    HI: tl.constexpr,
+    PACKED: tl.constexpr,
+    NEGATED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    TMA: tl.constexpr,
+):
+    """q, k, v [B, N, H, D] or packed [T, H, D] -> out, dense, and lse [B, H, N] or [H, T], natural logarithm.
+
+    Grid: blocks of queries, fastest, then heads, then images. With TMA, k and v are descriptors of [B, H, N, D] and
+    k_hi, v_hi of the same tensors in blocks of HI columns; else pointers, and k_hi, v_hi unused. Head strides are
+    constants: as run-time arguments, strides that are no multiple of 16 cost all asynchronous copies.
+    """
+    i_program = tl.program_id(0)
+    i_query = i_program % blocks * BLOCK_M
+    i_head = i_program // blocks % heads
+    i_batch = i_program // blocks // heads
+    start, keys = segment(p_cu_seqlens, i_batch, tokens, PACKED)
+    if i_query >= keys:
+        return
+    i_row = start + i_query
+    p_q_rows = p_q + i_batch.to(tl.int64) * stride_qb + i_row * stride_q + i_head * STRIDE_QH
+    b_q_lo = load_rows(p_q_rows, stride_q, keys - i_query, 0, 0, D, BLOCK_M, LO, True)
+    b_q_hi = b_q_lo
+    b_acc_lo = tl.zeros([BLOCK_M, LO], tl.float32)
+    b_acc_hi = b_acc_lo
+    if HI:
+        HI_COL: tl.constexpr = LO if TMA else D - HI
+        b_q_hi = load_rows(p_q_rows, stride_q, keys - i_query, HI_COL, LO, D, BLOCK_M, HI, True)
+        b_acc_hi = tl.zeros([BLOCK_M, HI], tl.float32)
+    if not TMA:
+        k += i_batch.to(tl.int64) * stride_kb + start * stride_k + i_head * STRIDE_KH
+        v += i_batch.to(tl.int64) * stride_vb + start * stride_v + i_head * STRIDE_VH
+    b_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    b_sum = tl.zeros([BLOCK_M], tl.float32)
+    whole = keys // BLOCK_N * BLOCK_N
+    for i_key in range(0, whole, BLOCK_N):
+        b_acc_lo, b_acc_hi, b_max, b_sum = _attend(
+            b_acc_lo, b_acc_hi, b_max, b_sum, b_q_lo, b_q_hi, k, v, k_hi, v_hi, stride_k, stride_v, i_batch, i_head,
+            i_key, keys, scale, D, LO, HI, BLOCK_M, BLOCK_N, TMA, NEGATED, False, PRECISION,
+        )  # fmt: skip
+    if whole < keys:
+        b_acc_lo, b_acc_hi, b_max, b_sum = _attend(
+            b_acc_lo, b_acc_hi, b_max, b_sum, b_q_lo, b_q_hi, k, v, k_hi, v_hi, stride_k, stride_v, i_batch, i_head,
+            whole, keys, scale, D, LO, HI, BLOCK_M, BLOCK_N, TMA, NEGATED, True, PRECISION,
+        )  # fmt: skip
+    p_out_rows = p_out + (i_batch.to(tl.int64) * tokens * (not PACKED) + i_row) * stride_out + i_head * D
+    store_rows(p_out_rows, stride_out, keys - i_query, b_acc_lo / b_sum[:, None], 0, 0, D, BLOCK_M, LO)
+    if HI:
+        store_rows(p_out_rows, stride_out, keys - i_query, b_acc_hi / b_sum[:, None], HI_COL, LO, D, BLOCK_M, HI)
+    o_row = tl.arange(0, BLOCK_M)
+    # [B, H, N]; [H, T] is the same with one image
+    p_lse_rows = p_lse + (i_batch.to(tl.int64) * heads * (not PACKED) + i_head) * tokens + i_row
+    tl.store(p_lse_rows + o_row, (b_max + tl.log2(b_sum)) * 0.6931471805599453, mask=o_row < keys - i_query)
+
+
+class Problem:
+    """What forward and backward ask of the arguments: sizes, strides, and how the scores are scaled."""
+
+    def __init__(self, q: Tensor, scale: float, cu_seqlens: Tensor | None, max_seqlen: int | None) -> None:
+        self.packed = cu_seqlens is not None
+        self.tokens, self.heads, self.head_dim = q.shape[-3:]
+        self.images = len(cu_seqlens) - 1 if cu_seqlens is not None else q.shape[0]
+        self.longest = self.tokens if max_seqlen is None else min(max_seqlen, self.tokens)
+        self.lse_shape = (self.heads, self.tokens) if self.packed else (self.images, self.heads, self.tokens)
+        # masked scores are -inf, which a factor of zero would turn into NaN; kernels multiply by its size
+        self.scale = max(abs(scale), 1e-30) * _LOG2_E
+        self.constants = {
+            "D": self.head_dim,
+            "PACKED": self.packed,
+            "NEGATED": scale < 0,
+            # three products of tf32 halves come as close to float32 as its own rounding
+            "PRECISION": "tf32x3" if q.dtype == torch.float32 else "ieee",
+        }
+
+    def grid(self, block: int) -> tuple[int, tuple[int]]:
+        """Blocks of the longest image, and all programs."""
+        blocks = triton.cdiv(self.longest, block)
+        return blocks, (blocks * self.heads * self.images,)
+
+    def strides(self, x: Tensor) -> tuple[int, int]:
+        """From image to image and from token to token."""
+        return (0 if self.packed else x.stride(0)), x.stride(-3)
+
+
+def split_head(head_dim: int, config: Config) -> tuple[int, int]:
+    """LO and HI, powers of two that tensor cores take, HI 0 where LO is enough. A configuration's "LO" overrides."""
+    lo = config.get("LO", max(16, 1 << head_dim.bit_length() - 1))
+    rest = head_dim - lo
+    return lo, 0 if rest <= 0 else max(16, triton.next_power_of_2(rest))
+
+
+def attention_fwd(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, cu_seqlens: Tensor | None, max_seqlen: int | None
+) -> tuple[Tensor, Tensor]:
+    """Output, dense, and log-sum-exp of q, k, v [B, N, H, D], or packed [T, H, D] with cu_seqlens [S + 1]."""
+    problem = Problem(q, scale, cu_seqlens, max_seqlen)
+    out, lse = q.new_empty(q.shape), q.new_empty(problem.lse_shape, dtype=torch.float32)
+    if out.numel() == 0 or problem.longest == 0:
+        return out, lse
+    # packed keys end inside the tensor, where a descriptor would fetch the next segment's, be they NaN
+    tma = not problem.packed and takes_descriptor(k) and takes_descriptor(v)
+    config = select("attention_fwd_kernel", q, tma, tokens=problem.longest, head_dim=problem.head_dim)
+    lo, hi = split_head(problem.head_dim, config)
+    keys, values = ((x, x) for x in (k, v))
+    if config["TMA"]:
+        keys, values = (_descriptors(x, config["BLOCK_N"], lo, hi) for x in (k, v))
+    blocks, grid = problem.grid(config["BLOCK_M"])
+    args = (q, keys[0], values[0], keys[1], values[1], out, lse, cu_seqlens)
+    sizes = (problem.tokens, blocks, problem.heads, problem.scale)
+    strides = (*problem.strides(q), *problem.strides(k), *problem.strides(v), out.stride(-3))
+    launch(
+        attention_fwd_kernel,
+        grid,
+        args + sizes + strides,
+        {key: value for key, value in config.items() if key != "LO"},
+        STRIDE_QH=q.stride(-2),
+        STRIDE_KH=k.stride(-2),
+        STRIDE_VH=v.stride(-2),
+        LO=lo,
+        HI=hi,
+        **problem.constants,
+    )
+    return out, lse
+
+
+def _descriptors(x: Tensor, rows: int, lo: int, hi: int) -> list[TensorDescriptor]:
+    """Of [B, N, H, D] as [B, H, N, D], in blocks of `rows` tokens and LO or HI columns."""
+    heads_first = x.transpose(1, 2)
+    shape, strides = list(heads_first.shape), list(heads_first.stride())
+    return [TensorDescriptor(x, shape, strides, [1, 1, rows, width]) for width in (lo, hi or lo)]

@@ -1,0 +1,324 @@
+"""Gradients of non-causal multi-head attention, without atomics: one kernel by q, one by k and v.
+
+The probabilities are recomputed from the log-sum-exp (Dao et al., 2022, algorithm 4):
+
+    P = exp(scale * Q K^T - lse),  dV = P^T dO,  dS = P * (dO V^T - delta),  delta = rowsum(dO * O),
+    dQ = scale * dS K,  dK = scale * dS^T Q
+
+FLOPs: 14 * N^2 * D an image and head, two of the seven products being made in both kernels.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._launch import Config, Kernel, launch, select
+from .attention import Problem, load_rows, segment, split_head, store_rows
+
+_LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def _by_query(
+    b_dq_lo,
+    b_dq_hi,
+    b_q_lo,
+    b_q_hi,
+    b_do_lo,
+    b_do_hi,
+    b_lse,
+    b_delta,
+    p_k,
+    p_v,
+    stride_k,
+    stride_v,
+    i_key,
+    keys,
+    scale,
+    D: tl.constexpr,
+    LO: tl.constexpr,
+    HI: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    NEGATED: tl.constexpr,
+    MASKED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """What one block of keys adds to the gradient by q."""
+    p_k += tl.cast(i_key, tl.int64) * stride_k
+    p_v += tl.cast(i_key, tl.int64) * stride_v
+    b_k_lo = load_rows(p_k, stride_k, keys - i_key, 0, 0, D, BLOCK_N, LO, MASKED)
+    b_v_lo = load_rows(p_v, stride_v, keys - i_key, 0, 0, D, BLOCK_N, LO, MASKED)
+    b_s = tl.dot(b_q_lo, b_k_lo.T, input_precision=PRECISION)  # [BM, BN]
+    b_dp = tl.dot(b_do_lo, b_v_lo.T, input_precision=PRECISION)  # [BM, BN]
+    if HI:
+        b_k_hi = load_rows(p_k, stride_k, keys - i_key, D - HI, 0, D, BLOCK_N, HI, MASKED)
+        b_v_hi = load_rows(p_v, stride_v, keys - i_key, D - HI, 0, D, BLOCK_N, HI, MASKED)
+        b_s = tl.dot(b_q_hi, b_k_hi.T, b_s, input_precision=PRECISION)
+        b_dp = tl.dot(b_do_hi, b_v_hi.T, b_dp, input_precision=PRECISION)
+    if NEGATED:
+        b_s = -b_s
+    b_p = tl.exp2(b_s * scale - b_lse[:, None])
+    if MASKED:
+        b_p = tl.where((i_key + tl.arange(0, BLOCK_N))[None, :] < keys, b_p, 0.0)
+    b_ds = (b_p * (b_dp - b_delta[:, None])).to(b_k_lo.dtype)
+    b_dq_lo = tl.dot(b_ds, b_k_lo, b_dq_lo, input_precision=PRECISION)
+    if HI:
+        b_dq_hi = tl.dot(b_ds, b_k_hi, b_dq_hi, input_precision=PRECISION)
+    return b_dq_lo, b_dq_hi
+
+
+@triton.jit
+def attention_bwd_dq_kernel(
+    p_grad,
+    p_q,
+    p_k,
+    p_v,
+    p_out,
+    p_lse,
+    p_cu_seqlens,
+    p_dq,
+    p_delta,
+    tokens,
+    blocks,
+    heads,
+    scale,
+    signed_scale,
+    stride_qb,
+    stride_q,
+    stride_kb,
+    stride_k,
+    stride_vb,
+    stride_v,
+    stride_out,
+    STRIDE_QH: tl.constexpr,
+    STRIDE_KH: tl.constexpr,
+    STRIDE_VH: tl.constexpr,
+    D: tl.constexpr,
+    LO: tl.constexpr,
+    HI: tl.constexpr,
+    PACKED: tl.constexpr,
+    NEGATED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """grad and out (dense), q, k, v, lse -> dq, dense, and delta, shaped like lse. Grid as the forward's."""
+    i_program = tl.program_id(0)
+    i_query = i_program % blocks * BLOCK_M
+    i_head = i_program // blocks % heads
+    i_batch = (i_program // blocks // heads).to(tl.int64)
+    start, keys = segment(p_cu_seqlens, i_batch, tokens, PACKED)
+    if i_query >= keys:
+        return
+    rows = keys - i_query
+    i_row = start + i_query
+    i_dense = (i_batch * tokens * (not PACKED) + i_row) * stride_out + i_head * D
+    p_q_rows = p_q + i_batch * stride_qb + i_row * stride_q + i_head * STRIDE_QH
+    b_q_lo = load_rows(p_q_rows, stride_q, rows, 0, 0, D, BLOCK_M, LO, True)
+    b_do_lo = load_rows(p_grad + i_dense, stride_out, rows, 0, 0, D, BLOCK_M, LO, True)
+    b_out_lo = load_rows(p_out + i_dense, stride_out, rows, 0, 0, D, BLOCK_M, LO, True)
+    b_delta = tl.sum(b_do_lo.to(tl.float32) * b_out_lo.to(tl.float32), 1)  # [BM]
+    b_dq_lo = tl.zeros([BLOCK_M, LO], tl.float32)
+    b_q_hi, b_do_hi, b_dq_hi = b_q_lo, b_do_lo, b_dq_lo
+    if HI:
+        b_q_hi = load_rows(p_q_rows, stride_q, rows, D - HI, LO, D, BLOCK_M, HI, True)
+        b_do_hi = load_rows(p_grad + i_dense, stride_out, rows, D - HI, LO, D, BLOCK_M, HI, True)
+        b_out_hi = load_rows(p_out + i_dense, stride_out, rows, D - HI, LO, D, BLOCK_M, HI, True)
+        b_delta += tl.sum(b_do_hi.to(tl.float32) * b_out_hi.to(tl.float32), 1)
+        b_dq_hi = tl.zeros([BLOCK_M, HI], tl.float32)
+    o_row = tl.arange(0, BLOCK_M)
+    i_statistics = (i_batch * heads * (not PACKED) + i_head) * tokens + i_row
+    b_lse = tl.load(p_lse + i_statistics + o_row, mask=o_row < rows, other=0) * _LOG2_E
+    tl.store(p_delta + i_statistics + o_row, b_delta, mask=o_row < rows)
+
+    p_k += i_batch * stride_kb + start * stride_k + i_head * STRIDE_KH
+    p_v += i_batch * stride_vb + start * stride_v + i_head * STRIDE_VH
+    whole = keys // BLOCK_N * BLOCK_N
+    for i_key in range(0, whole, BLOCK_N):
+        b_dq_lo, b_dq_hi = _by_query(
+            b_dq_lo, b_dq_hi, b_q_lo, b_q_hi, b_do_lo, b_do_hi, b_lse, b_delta, p_k, p_v, stride_k, stride_v,
+            i_key, keys, scale, D, LO, HI, BLOCK_N, NEGATED, False, PRECISION,
+        )  # fmt: skip
+    if whole < keys:
+        b_dq_lo, b_dq_hi = _by_query(
+            b_dq_lo, b_dq_hi, b_q_lo, b_q_hi, b_do_lo, b_do_hi, b_lse, b_delta, p_k, p_v, stride_k, stride_v,
+            whole, keys, scale, D, LO, HI, BLOCK_N, NEGATED, True, PRECISION,
+        )  # fmt: skip
+    store_rows(p_dq + i_dense, stride_out, rows, b_dq_lo * signed_scale, 0, 0, D, BLOCK_M, LO)
+    if HI:
+        store_rows(p_dq + i_dense, stride_out, rows, b_dq_hi * signed_scale, D - HI, LO, D, BLOCK_M, HI)
+
+
+@triton.jit
+def _by_key(
+    b_dk_lo,
+    b_dk_hi,
+    b_dv_lo,
+    b_dv_hi,
+    b_k_lo,
+    b_k_hi,
+    b_v_lo,
+    b_v_hi,
+    p_q,
+    p_grad,
+    p_lse,
+    p_delta,
+    stride_q,
+    stride_out,
+    i_query,
+    queries,
+    scale,
+    D: tl.constexpr,
+    LO: tl.constexpr,
+    HI: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    NEGATED: tl.constexpr,
+    MASKED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """What one block of queries adds to the gradients by k and v."""
+    rows = queries - i_query
+    p_q += tl.cast(i_query, tl.int64) * stride_q
+    p_grad += tl.cast(i_query, tl.int64) * stride_out
+    o_row = i_query + tl.arange(0, BLOCK_M)
+    # exp2(-inf) = 0: queries behind the last count for nothing
+    b_lse = tl.load(p_lse + o_row, mask=o_row < queries, other=float("inf")) * _LOG2_E
+    b_delta = tl.load(p_delta + o_row, mask=o_row < queries, other=0)
+    b_q_lo = load_rows(p_q, stride_q, rows, 0, 0, D, BLOCK_M, LO, MASKED)
+    b_do_lo = load_rows(p_grad, stride_out, rows, 0, 0, D, BLOCK_M, LO, MASKED)
+    b_s = tl.dot(b_k_lo, b_q_lo.T, input_precision=PRECISION)  # [BN, BM]
+    b_dp = tl.dot(b_v_lo, b_do_lo.T, input_precision=PRECISION)  # [BN, BM]
+    if HI:
+        b_q_hi = load_rows(p_q, stride_q, rows, D - HI, 0, D, BLOCK_M, HI, MASKED)
+        b_do_hi = load_rows(p_grad, stride_out, rows, D - HI, 0, D, BLOCK_M, HI, MASKED)
+        b_s = tl.dot(b_k_hi, b_q_hi.T, b_s, input_precision=PRECISION)
+        b_dp = tl.dot(b_v_hi, b_do_hi.T, b_dp, input_precision=PRECISION)
+    if NEGATED:
+        b_s = -b_s
+    b_p = tl.exp2(b_s * scale - b_lse[None, :])
+    b_ds = (b_p * (b_dp - b_delta[None, :])).to(b_q_lo.dtype)
+    b_p = b_p.to(b_q_lo.dtype)
+    b_dv_lo = tl.dot(b_p, b_do_lo, b_dv_lo, input_precision=PRECISION)
+    b_dk_lo = tl.dot(b_ds, b_q_lo, b_dk_lo, input_precision=PRECISION)
+    if HI:
+        b_dv_hi = tl.dot(b_p, b_do_hi, b_dv_hi, input_precision=PRECISION)
+        b_dk_hi = tl.dot(b_ds, b_q_hi, b_dk_hi, input_precision=PRECISION)
+    return b_dk_lo, b_dk_hi, b_dv_lo, b_dv_hi
+
+
+@triton.jit
+def attention_bwd_dkv_kernel(
+    p_grad,
+    p_q,
+    p_k,
+    p_v,
+    p_lse,
+    p_delta,
+    p_cu_seqlens,
+    p_dk,
+    p_dv,
+    tokens,
+    blocks,
+    heads,
+    scale,
+    signed_scale,
+    stride_qb,
+    stride_q,
+    stride_kb,
+    stride_k,
+    stride_vb,
+    stride_v,
+    stride_out,
+    STRIDE_QH: tl.constexpr,
+    STRIDE_KH: tl.constexpr,
+    STRIDE_VH: tl.constexpr,
+    D: tl.constexpr,
+    LO: tl.constexpr,
+    HI: tl.constexpr,
+    PACKED: tl.constexpr,
+    NEGATED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """grad (dense), q, k, v, lse, delta -> dk and dv, dense. Grid: blocks of keys, heads, images."""
+    i_program = tl.program_id(0)
+    i_key = i_program % blocks * BLOCK_N
+    i_head = i_program // blocks % heads
+    i_batch = (i_program // blocks // heads).to(tl.int64)
+    start, queries = segment(p_cu_seqlens, i_batch, tokens, PACKED)
+    if i_key >= queries:
+        return
+    rows = queries - i_key
+    i_row = start + i_key
+    i_first = (i_batch * tokens * (not PACKED) + start) * stride_out + i_head * D
+    i_dense = i_first + tl.cast(i_key, tl.int64) * stride_out
+    p_k_rows = p_k + i_batch * stride_kb + i_row * stride_k + i_head * STRIDE_KH
+    p_v_rows = p_v + i_batch * stride_vb + i_row * stride_v + i_head * STRIDE_VH
+    b_k_lo = load_rows(p_k_rows, stride_k, rows, 0, 0, D, BLOCK_N, LO, True)
+    b_v_lo = load_rows(p_v_rows, stride_v, rows, 0, 0, D, BLOCK_N, LO, True)
+    b_dk_lo = tl.zeros([BLOCK_N, LO], tl.float32)
+    b_dv_lo = tl.zeros([BLOCK_N, LO], tl.float32)
+    b_k_hi, b_v_hi, b_dk_hi, b_dv_hi = b_k_lo, b_v_lo, b_dk_lo, b_dv_lo
+    if HI:
+        b_k_hi = load_rows(p_k_rows, stride_k, rows, D - HI, LO, D, BLOCK_N, HI, True)
+        b_v_hi = load_rows(p_v_rows, stride_v, rows, D - HI, LO, D, BLOCK_N, HI, True)
+        b_dk_hi = tl.zeros([BLOCK_N, HI], tl.float32)
+        b_dv_hi = tl.zeros([BLOCK_N, HI], tl.float32)
+    p_q += i_batch * stride_qb + start * stride_q + i_head * STRIDE_QH
+    p_grad += i_first
+    i_statistics = (i_batch * heads * (not PACKED) + i_head) * tokens + start
+    p_lse += i_statistics
+    p_delta += i_statistics
+
+    whole = queries // BLOCK_M * BLOCK_M
+    for i_query in range(0, whole, BLOCK_M):
+        b_dk_lo, b_dk_hi, b_dv_lo, b_dv_hi = _by_key(
+            b_dk_lo, b_dk_hi, b_dv_lo, b_dv_hi, b_k_lo, b_k_hi, b_v_lo, b_v_hi, p_q, p_grad, p_lse, p_delta,
+            stride_q, stride_out, i_query, queries, scale, D, LO, HI, BLOCK_M, NEGATED, False, PRECISION,
+        )  # fmt: skip
+    if whole < queries:
+        b_dk_lo, b_dk_hi, b_dv_lo, b_dv_hi = _by_key(
+            b_dk_lo, b_dk_hi, b_dv_lo, b_dv_hi, b_k_lo, b_k_hi, b_v_lo, b_v_hi, p_q, p_grad, p_lse, p_delta,
+            stride_q, stride_out, whole, queries, scale, D, LO, HI, BLOCK_M, NEGATED, True, PRECISION,
+        )  # fmt: skip
+    store_rows(p_dk + i_dense, stride_out, rows, b_dk_lo * signed_scale, 0, 0, D, BLOCK_N, LO)
+    store_rows(p_dv + i_dense, stride_out, rows, b_dv_lo, 0, 0, D, BLOCK_N, LO)
+    if HI:
+        store_rows(p_dk + i_dense, stride_out, rows, b_dk_hi * signed_scale, D - HI, LO, D, BLOCK_N, HI)
+        store_rows(p_dv + i_dense, stride_out, rows, b_dv_hi, D - HI, LO, D, BLOCK_N, HI)
+
+
+def attention_bwd(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+    cu_seqlens: Tensor | None,
+    max_seqlen: int | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients by q, k and v, dense, from what `kernels.attention.attention_fwd` took and gave."""
+    problem = Problem(q, scale, cu_seqlens, max_seqlen)
+    dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
+    if dq.numel() == 0:
+        return dq, dk, dv
+    # gradients of sums have strides of zero
+    grad, delta = grad.contiguous(), lse.new_empty(lse.shape)
+    sizes = (problem.scale, scale)
+    strides = (*problem.strides(q), *problem.strides(k), *problem.strides(v), out.stride(-3))
+    constants = {"STRIDE_QH": q.stride(-2), "STRIDE_KH": k.stride(-2), "STRIDE_VH": v.stride(-2), **problem.constants}
+
+    def run(kernel: object, block: str, args: tuple[Tensor | None, ...]) -> None:
+        config = select(kernel.__name__, q, tokens=problem.longest, head_dim=problem.head_dim)
+        blocks, grid = problem.grid(config[block])
+        lo, hi = split_head(problem.head_dim, config)
+        all_args = (*args, problem.tokens, blocks, problem.heads, *sizes, *strides)
+        launch(kernel, grid, all_args, config, LO=lo, HI=hi, **constants)
+
+    # by q first: it leaves delta for the other
+    run(attention_bwd_dq_kernel, "BLOCK_M", (grad, q, k, v, out, lse, cu_seqlens, dq, delta))
+    run(attention_bwd_dkv_kernel, "BLOCK_N", (grad, q, k, v, lse, delta, cu_seqlens, dk, dv))
+    return dq, dk, dv
