@@ -59,7 +59,7 @@ class Kernel(NamedTuple):
         shape: the keys of a shape and their values in jina-vlm at 13 crops.
         shapes: further shapes worth an entry in the tables.
         candidates: configurations that `vlmkern tune` tries.
-        dtypes: element types that the kernel takes.
+        variants: arguments of `example` beside the shape that give other code, to be compiled too.
         cost: (bytes of an element, **shape) -> FLOPs and least bytes moved by the example.
         baseline: a configuration that is compiled for comparison only.
     """
@@ -70,7 +70,7 @@ class Kernel(NamedTuple):
     cost: Callable[..., tuple[float, float]]
     candidates: tuple[Config, ...]
     shapes: tuple[dict[str, int], ...] = ()
-    dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16, torch.float32)
+    variants: tuple[dict[str, Any], ...] = ({},)
     baseline: Config | None = None
 
     @property
@@ -187,6 +187,6 @@ def _arch(device: torch.device) -> int:
 
 @functools.cache
 def _table_arch(index: int) -> int:
-    major, minor = torch.cuda.get_device_capability(index)
+    major, _ = torch.cuda.get_device_capability(index)
     # consumer Blackwell (12.x) has the shared memory and the matrix instructions of 8.x
     return {9: 90, 10: 100}.get(major, 80)

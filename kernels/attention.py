@@ -7,6 +7,7 @@ FLOPs: 4 * N^2 * D an image and head. Least bytes: q, k, v and the result once.
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 import triton
@@ -111,7 +112,6 @@ def _attend(
     TMA: tl.constexpr,
     NEGATED: tl.constexpr,
     MASKED: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     """One block of keys: the running maximum, sum and weighted values after it."""
     if TMA:
@@ -121,7 +121,7 @@ def _attend(
         p_k, p_v = k + tl.cast(i_key, tl.int64) * stride_k, v + tl.cast(i_key, tl.int64) * stride_v
         b_k_lo = load_rows(p_k, stride_k, keys - i_key, 0, 0, D, BLOCK_N, LO, MASKED)
         b_v_lo = load_rows(p_v, stride_v, keys - i_key, 0, 0, D, BLOCK_N, LO, MASKED)
-    b_s = tl.dot(b_q_lo, b_k_lo.T, input_precision=PRECISION)  # [BM, BN]
+    b_s = tl.dot(b_q_lo, b_k_lo.T, input_precision="ieee")  # [BM, BN]
     if HI:
         if TMA:
             b_k_hi = k_hi.load([i_batch, i_head, i_key, LO]).reshape(BLOCK_N, HI)
@@ -130,7 +130,7 @@ def _attend(
             # the last columns, though some are in LO too: no mask is needed, as q has zeros there
             b_k_hi = load_rows(p_k, stride_k, keys - i_key, D - HI, 0, D, BLOCK_N, HI, MASKED)
             b_v_hi = load_rows(p_v, stride_v, keys - i_key, D - HI, 0, D, BLOCK_N, HI, MASKED)
-        b_s = tl.dot(b_q_hi, b_k_hi.T, b_s, input_precision=PRECISION)
+        b_s = tl.dot(b_q_hi, b_k_hi.T, b_s, input_precision="ieee")
     if NEGATED:
         b_s = -b_s
     if MASKED:
@@ -140,9 +140,9 @@ def _attend(
     b_rescale = tl.exp2(b_max - b_new_max)
     b_sum = b_sum * b_rescale + tl.sum(b_p, 1)
     b_p = b_p.to(b_v_lo.dtype)
-    b_acc_lo = tl.dot(b_p, b_v_lo, b_acc_lo * b_rescale[:, None], input_precision=PRECISION)
+    b_acc_lo = tl.dot(b_p, b_v_lo, b_acc_lo * b_rescale[:, None], input_precision="ieee")
     if HI:
-        b_acc_hi = tl.dot(b_p, b_v_hi, b_acc_hi * b_rescale[:, None], input_precision=PRECISION)
+        b_acc_hi = tl.dot(b_p, b_v_hi, b_acc_hi * b_rescale[:, None], input_precision="ieee")
     return b_acc_lo, b_acc_hi, b_new_max, b_sum
 
 
@@ -174,8 +174,8 @@ def attention_fwd_kernel(
     LO: tl.constexpr,
     HI: tl.constexpr,
     PACKED: tl.constexpr,
+    SPLIT_TAIL: tl.constexpr,
     NEGATED: tl.constexpr,
-    PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     TMA: tl.constexpr,
@@ -208,16 +208,17 @@ def attention_fwd_kernel(
         v += i_batch.to(tl.int64) * stride_vb + start * stride_v + i_head * STRIDE_VH
     b_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     b_sum = tl.zeros([BLOCK_M], tl.float32)
-    whole = keys // BLOCK_N * BLOCK_N
+    # a tail of its own spares the other blocks their masks; float32 needs the registers that two copies take
+    whole = keys // BLOCK_N * BLOCK_N if SPLIT_TAIL else 0
     for i_key in range(0, whole, BLOCK_N):
         b_acc_lo, b_acc_hi, b_max, b_sum = _attend(
             b_acc_lo, b_acc_hi, b_max, b_sum, b_q_lo, b_q_hi, k, v, k_hi, v_hi, stride_k, stride_v, i_batch, i_head,
-            i_key, keys, scale, D, LO, HI, BLOCK_M, BLOCK_N, TMA, NEGATED, False, PRECISION,
+            i_key, keys, scale, D, LO, HI, BLOCK_M, BLOCK_N, TMA, NEGATED, False,
         )  # fmt: skip
-    if whole < keys:
+    for i_tail in tl.range(whole, keys, BLOCK_N, num_stages=1 if SPLIT_TAIL else None):
         b_acc_lo, b_acc_hi, b_max, b_sum = _attend(
             b_acc_lo, b_acc_hi, b_max, b_sum, b_q_lo, b_q_hi, k, v, k_hi, v_hi, stride_k, stride_v, i_batch, i_head,
-            whole, keys, scale, D, LO, HI, BLOCK_M, BLOCK_N, TMA, NEGATED, True, PRECISION,
+            i_tail, keys, scale, D, LO, HI, BLOCK_M, BLOCK_N, TMA, NEGATED, True,
         )  # fmt: skip
     p_out_rows = p_out + (i_batch.to(tl.int64) * tokens * (not PACKED) + i_row) * stride_out + i_head * D
     store_rows(p_out_rows, stride_out, keys - i_query, b_acc_lo / b_sum[:, None], 0, 0, D, BLOCK_M, LO)
@@ -244,8 +245,7 @@ class Problem:
             "D": self.head_dim,
             "PACKED": self.packed,
             "NEGATED": scale < 0,
-            # three products of tf32 halves come as close to float32 as its own rounding
-            "PRECISION": "tf32x3" if q.dtype == torch.float32 else "ieee",
+            "SPLIT_TAIL": q.dtype != torch.float32,
         }
 
     def grid(self, block: int) -> tuple[int, tuple[int]]:
@@ -304,3 +304,51 @@ def _descriptors(x: Tensor, rows: int, lo: int, hi: int) -> list[TensorDescripto
     heads_first = x.transpose(1, 2)
     shape, strides = list(heads_first.shape), list(heads_first.stride())
     return [TensorDescriptor(x, shape, strides, [1, 1, rows, width]) for width in (lo, hi or lo)]
+
+
+def fused_qkv(dtype: torch.dtype, device: str, tokens: int, head_dim: int, packed: bool) -> tuple:
+    """q, k, v as views of one projection of 13 crops with 16 heads, and the bounds of packed ones."""
+    q, k, v = torch.randn(13, tokens, 3, 16, head_dim, dtype=dtype, device=device).unbind(2)
+    if not packed:
+        return q, k, v, None, None
+    bounds = torch.arange(14, dtype=torch.int32, device=device) * tokens
+    return *(x.flatten(0, 1) for x in (q, k, v)), bounds, tokens
+
+
+def _example(
+    dtype: torch.dtype, device: str, tokens: int, head_dim: int, packed: bool = False
+) -> Callable[[], tuple[Tensor, Tensor]]:
+    q, k, v, bounds, longest = fused_qkv(dtype, device, tokens, head_dim, packed)
+    return lambda: attention_fwd(q, k, v, head_dim**-0.5, bounds, longest)
+
+
+def _cost(size: int, tokens: int, head_dim: int) -> tuple[float, float]:
+    heads = 13 * 16
+    return 4 * heads * tokens**2 * head_dim, 4 * heads * tokens * head_dim * size
+
+
+KERNELS = (
+    Kernel(
+        attention_fwd_kernel,
+        _example,
+        {"tokens": 729, "head_dim": 72},
+        _cost,
+        tuple(
+            {"BLOCK_M": m, "BLOCK_N": n, "TMA": tma, "num_warps": warps, "num_stages": stages, **limit}
+            for m, n, warps, limit in (
+                (128, 64, 8, {"maxnreg": 128}),
+                (64, 64, 4, {"maxnreg": 128}),
+                (64, 64, 4, {}),
+                (128, 64, 4, {}),
+                (128, 128, 8, {}),
+                (64, 128, 4, {}),
+            )
+            for stages in (2, 3)
+            for tma in (False, True)
+        ),
+        shapes=(*({"tokens": 729, "head_dim": d} for d in (64, 96, 128)), {"tokens": 1025, "head_dim": 64}),
+        variants=({}, {"packed": True}),
+        # the head padded to a power of two, as kernels do that do not split it
+        baseline={"LO": 128, "BLOCK_M": 128, "BLOCK_N": 64, "TMA": False, "num_warps": 8, "num_stages": 2},
+    ),
+)

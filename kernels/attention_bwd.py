@@ -8,12 +8,16 @@ The probabilities are recomputed from the log-sum-exp (Dao et al., 2022, algorit
 FLOPs: 14 * N^2 * D an image and head, two of the seven products being made in both kernels.
 """
 
+from collections.abc import Callable
+from typing import Any
+
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import Config, Kernel, launch, select
-from .attention import Problem, load_rows, segment, split_head, store_rows
+from ._launch import Kernel, launch, select
+from .attention import Problem, fused_qkv, load_rows, segment, split_head, store_rows
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -41,29 +45,28 @@ def _by_query(
     BLOCK_N: tl.constexpr,
     NEGATED: tl.constexpr,
     MASKED: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     """What one block of keys adds to the gradient by q."""
     p_k += tl.cast(i_key, tl.int64) * stride_k
     p_v += tl.cast(i_key, tl.int64) * stride_v
     b_k_lo = load_rows(p_k, stride_k, keys - i_key, 0, 0, D, BLOCK_N, LO, MASKED)
     b_v_lo = load_rows(p_v, stride_v, keys - i_key, 0, 0, D, BLOCK_N, LO, MASKED)
-    b_s = tl.dot(b_q_lo, b_k_lo.T, input_precision=PRECISION)  # [BM, BN]
-    b_dp = tl.dot(b_do_lo, b_v_lo.T, input_precision=PRECISION)  # [BM, BN]
+    b_s = tl.dot(b_q_lo, b_k_lo.T, input_precision="ieee")  # [BM, BN]
+    b_dp = tl.dot(b_do_lo, b_v_lo.T, input_precision="ieee")  # [BM, BN]
     if HI:
         b_k_hi = load_rows(p_k, stride_k, keys - i_key, D - HI, 0, D, BLOCK_N, HI, MASKED)
         b_v_hi = load_rows(p_v, stride_v, keys - i_key, D - HI, 0, D, BLOCK_N, HI, MASKED)
-        b_s = tl.dot(b_q_hi, b_k_hi.T, b_s, input_precision=PRECISION)
-        b_dp = tl.dot(b_do_hi, b_v_hi.T, b_dp, input_precision=PRECISION)
+        b_s = tl.dot(b_q_hi, b_k_hi.T, b_s, input_precision="ieee")
+        b_dp = tl.dot(b_do_hi, b_v_hi.T, b_dp, input_precision="ieee")
     if NEGATED:
         b_s = -b_s
     b_p = tl.exp2(b_s * scale - b_lse[:, None])
     if MASKED:
         b_p = tl.where((i_key + tl.arange(0, BLOCK_N))[None, :] < keys, b_p, 0.0)
     b_ds = (b_p * (b_dp - b_delta[:, None])).to(b_k_lo.dtype)
-    b_dq_lo = tl.dot(b_ds, b_k_lo, b_dq_lo, input_precision=PRECISION)
+    b_dq_lo = tl.dot(b_ds, b_k_lo, b_dq_lo, input_precision="ieee")
     if HI:
-        b_dq_hi = tl.dot(b_ds, b_k_hi, b_dq_hi, input_precision=PRECISION)
+        b_dq_hi = tl.dot(b_ds, b_k_hi, b_dq_hi, input_precision="ieee")
     return b_dq_lo, b_dq_hi
 
 
@@ -97,8 +100,8 @@ def attention_bwd_dq_kernel(
     LO: tl.constexpr,
     HI: tl.constexpr,
     PACKED: tl.constexpr,
+    SPLIT_TAIL: tl.constexpr,
     NEGATED: tl.constexpr,
-    PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -133,16 +136,17 @@ def attention_bwd_dq_kernel(
 
     p_k += i_batch * stride_kb + start * stride_k + i_head * STRIDE_KH
     p_v += i_batch * stride_vb + start * stride_v + i_head * STRIDE_VH
-    whole = keys // BLOCK_N * BLOCK_N
+    # a tail of its own spares the other blocks their masks; float32 needs the registers that two copies take
+    whole = keys // BLOCK_N * BLOCK_N if SPLIT_TAIL else 0
     for i_key in range(0, whole, BLOCK_N):
         b_dq_lo, b_dq_hi = _by_query(
             b_dq_lo, b_dq_hi, b_q_lo, b_q_hi, b_do_lo, b_do_hi, b_lse, b_delta, p_k, p_v, stride_k, stride_v,
-            i_key, keys, scale, D, LO, HI, BLOCK_N, NEGATED, False, PRECISION,
+            i_key, keys, scale, D, LO, HI, BLOCK_N, NEGATED, False,
         )  # fmt: skip
-    if whole < keys:
+    for i_tail in tl.range(whole, keys, BLOCK_N, num_stages=1 if SPLIT_TAIL else None):
         b_dq_lo, b_dq_hi = _by_query(
             b_dq_lo, b_dq_hi, b_q_lo, b_q_hi, b_do_lo, b_do_hi, b_lse, b_delta, p_k, p_v, stride_k, stride_v,
-            whole, keys, scale, D, LO, HI, BLOCK_N, NEGATED, True, PRECISION,
+            i_tail, keys, scale, D, LO, HI, BLOCK_N, NEGATED, True,
         )  # fmt: skip
     store_rows(p_dq + i_dense, stride_out, rows, b_dq_lo * signed_scale, 0, 0, D, BLOCK_M, LO)
     if HI:
@@ -174,7 +178,6 @@ def _by_key(
     BLOCK_M: tl.constexpr,
     NEGATED: tl.constexpr,
     MASKED: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     """What one block of queries adds to the gradients by k and v."""
     rows = queries - i_query
@@ -186,23 +189,23 @@ def _by_key(
     b_delta = tl.load(p_delta + o_row, mask=o_row < queries, other=0)
     b_q_lo = load_rows(p_q, stride_q, rows, 0, 0, D, BLOCK_M, LO, MASKED)
     b_do_lo = load_rows(p_grad, stride_out, rows, 0, 0, D, BLOCK_M, LO, MASKED)
-    b_s = tl.dot(b_k_lo, b_q_lo.T, input_precision=PRECISION)  # [BN, BM]
-    b_dp = tl.dot(b_v_lo, b_do_lo.T, input_precision=PRECISION)  # [BN, BM]
+    b_s = tl.dot(b_k_lo, b_q_lo.T, input_precision="ieee")  # [BN, BM]
+    b_dp = tl.dot(b_v_lo, b_do_lo.T, input_precision="ieee")  # [BN, BM]
     if HI:
         b_q_hi = load_rows(p_q, stride_q, rows, D - HI, 0, D, BLOCK_M, HI, MASKED)
         b_do_hi = load_rows(p_grad, stride_out, rows, D - HI, 0, D, BLOCK_M, HI, MASKED)
-        b_s = tl.dot(b_k_hi, b_q_hi.T, b_s, input_precision=PRECISION)
-        b_dp = tl.dot(b_v_hi, b_do_hi.T, b_dp, input_precision=PRECISION)
+        b_s = tl.dot(b_k_hi, b_q_hi.T, b_s, input_precision="ieee")
+        b_dp = tl.dot(b_v_hi, b_do_hi.T, b_dp, input_precision="ieee")
     if NEGATED:
         b_s = -b_s
     b_p = tl.exp2(b_s * scale - b_lse[None, :])
     b_ds = (b_p * (b_dp - b_delta[None, :])).to(b_q_lo.dtype)
     b_p = b_p.to(b_q_lo.dtype)
-    b_dv_lo = tl.dot(b_p, b_do_lo, b_dv_lo, input_precision=PRECISION)
-    b_dk_lo = tl.dot(b_ds, b_q_lo, b_dk_lo, input_precision=PRECISION)
+    b_dv_lo = tl.dot(b_p, b_do_lo, b_dv_lo, input_precision="ieee")
+    b_dk_lo = tl.dot(b_ds, b_q_lo, b_dk_lo, input_precision="ieee")
     if HI:
-        b_dv_hi = tl.dot(b_p, b_do_hi, b_dv_hi, input_precision=PRECISION)
-        b_dk_hi = tl.dot(b_ds, b_q_hi, b_dk_hi, input_precision=PRECISION)
+        b_dv_hi = tl.dot(b_p, b_do_hi, b_dv_hi, input_precision="ieee")
+        b_dk_hi = tl.dot(b_ds, b_q_hi, b_dk_hi, input_precision="ieee")
     return b_dk_lo, b_dk_hi, b_dv_lo, b_dv_hi
 
 
@@ -236,8 +239,8 @@ def attention_bwd_dkv_kernel(
     LO: tl.constexpr,
     HI: tl.constexpr,
     PACKED: tl.constexpr,
+    SPLIT_TAIL: tl.constexpr,
     NEGATED: tl.constexpr,
-    PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -271,16 +274,17 @@ def attention_bwd_dkv_kernel(
     p_lse += i_statistics
     p_delta += i_statistics
 
-    whole = queries // BLOCK_M * BLOCK_M
+    # a tail of its own spares the other blocks their masks; float32 needs the registers that two copies take
+    whole = queries // BLOCK_M * BLOCK_M if SPLIT_TAIL else 0
     for i_query in range(0, whole, BLOCK_M):
         b_dk_lo, b_dk_hi, b_dv_lo, b_dv_hi = _by_key(
             b_dk_lo, b_dk_hi, b_dv_lo, b_dv_hi, b_k_lo, b_k_hi, b_v_lo, b_v_hi, p_q, p_grad, p_lse, p_delta,
-            stride_q, stride_out, i_query, queries, scale, D, LO, HI, BLOCK_M, NEGATED, False, PRECISION,
+            stride_q, stride_out, i_query, queries, scale, D, LO, HI, BLOCK_M, NEGATED, False,
         )  # fmt: skip
-    if whole < queries:
+    for i_tail in tl.range(whole, queries, BLOCK_M, num_stages=1 if SPLIT_TAIL else None):
         b_dk_lo, b_dk_hi, b_dv_lo, b_dv_hi = _by_key(
             b_dk_lo, b_dk_hi, b_dv_lo, b_dv_hi, b_k_lo, b_k_hi, b_v_lo, b_v_hi, p_q, p_grad, p_lse, p_delta,
-            stride_q, stride_out, whole, queries, scale, D, LO, HI, BLOCK_M, NEGATED, True, PRECISION,
+            stride_q, stride_out, i_tail, queries, scale, D, LO, HI, BLOCK_M, NEGATED, True,
         )  # fmt: skip
     store_rows(p_dk + i_dense, stride_out, rows, b_dk_lo * signed_scale, 0, 0, D, BLOCK_N, LO)
     store_rows(p_dv + i_dense, stride_out, rows, b_dv_lo, 0, 0, D, BLOCK_N, LO)
@@ -311,7 +315,7 @@ def attention_bwd(
     strides = (*problem.strides(q), *problem.strides(k), *problem.strides(v), out.stride(-3))
     constants = {"STRIDE_QH": q.stride(-2), "STRIDE_KH": k.stride(-2), "STRIDE_VH": v.stride(-2), **problem.constants}
 
-    def run(kernel: object, block: str, args: tuple[Tensor | None, ...]) -> None:
+    def run(kernel: Any, block: str, args: tuple[Tensor | None, ...]) -> None:
         config = select(kernel.__name__, q, tokens=problem.longest, head_dim=problem.head_dim)
         blocks, grid = problem.grid(config[block])
         lo, hi = split_head(problem.head_dim, config)
@@ -322,3 +326,62 @@ def attention_bwd(
     run(attention_bwd_dq_kernel, "BLOCK_M", (grad, q, k, v, out, lse, cu_seqlens, dq, delta))
     run(attention_bwd_dkv_kernel, "BLOCK_N", (grad, q, k, v, lse, delta, cu_seqlens, dk, dv))
     return dq, dk, dv
+
+
+def _example(
+    dtype: torch.dtype, device: str, tokens: int, head_dim: int, packed: bool = False
+) -> Callable[[], tuple[Tensor, Tensor, Tensor]]:
+    q, k, v, bounds, longest = fused_qkv(dtype, device, tokens, head_dim, packed)
+    out, grad = torch.randn_like(q), torch.randn_like(q)
+    lse = torch.zeros(Problem(q, 1.0, bounds, longest).lse_shape, device=device)
+    return lambda: attention_bwd(grad, q, k, v, out, lse, head_dim**-0.5, bounds, longest)
+
+
+def _kernel(function: Any, products: int, tensors: int, candidates: tuple[tuple[int, int, int, int], ...]) -> Kernel:
+    def cost(size: int, tokens: int, head_dim: int) -> tuple[float, float]:
+        heads = 13 * 16
+        return 2 * products * heads * tokens**2 * head_dim, tensors * heads * tokens * head_dim * size
+
+    return Kernel(
+        function,
+        _example,
+        {"tokens": 729, "head_dim": 72},
+        cost,
+        tuple(
+            {"BLOCK_M": m, "BLOCK_N": n, "num_warps": warps, "num_stages": stages} for m, n, warps, stages in candidates
+        ),
+        shapes=tuple({"tokens": 729, "head_dim": d} for d in (64, 96, 128)),
+        variants=({}, {"packed": True}),
+    )
+
+
+KERNELS = (
+    _kernel(
+        attention_bwd_dq_kernel,
+        3,
+        6,
+        (
+            (64, 64, 4, 2),
+            (64, 64, 4, 3),
+            (64, 32, 4, 2),
+            (64, 32, 4, 3),
+            (128, 32, 8, 2),
+            (128, 64, 8, 2),
+            (128, 64, 8, 3),
+        ),
+    ),
+    _kernel(
+        attention_bwd_dkv_kernel,
+        4,
+        6,
+        (
+            (32, 128, 8, 2),
+            (32, 128, 8, 3),
+            (32, 64, 4, 2),
+            (64, 64, 8, 2),
+            (64, 128, 8, 1),
+            (64, 128, 8, 2),
+            (64, 64, 4, 1),
+        ),
+    ),
+)

@@ -25,11 +25,10 @@ def triton_backend():
 
 @pytest.fixture(params=VARIANTS)
 def variant(request):
-    small = {key: value for key, value in SMALL.items()}
     with (
         _launch.forced("attention_fwd_kernel", VARIANTS[request.param]),
-        _launch.forced("attention_bwd_dq_kernel", small),
-        _launch.forced("attention_bwd_dkv_kernel", small),
+        _launch.forced("attention_bwd_dq_kernel", SMALL),
+        _launch.forced("attention_bwd_dkv_kernel", SMALL),
     ):
         yield request.param
 

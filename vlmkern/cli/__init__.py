@@ -16,7 +16,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit status."""
     options = _parser().parse_args(arguments)
     _refuse_large_images()
-    command: Callable[[argparse.Namespace], dict[str, Any] | None] = options.command
+    command: Callable[[argparse.Namespace], dict[str, Any] | list[dict[str, Any]] | None] = options.command
     try:
         report = command(options)
         if options.json:
@@ -60,7 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
     def add(
-        name: str, run: Callable[[argparse.Namespace], dict[str, Any] | None], text: str
+        name: str, run: Callable[[argparse.Namespace], dict[str, Any] | list[dict[str, Any]] | None], text: str
     ) -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=text, description=text)
         command.add_argument(
@@ -88,6 +88,10 @@ def _parser() -> argparse.ArgumentParser:
 
     efficiency = add("efficiency", _efficiency, "The paper's efficiency table: as published, exact, and as released.")
     efficiency.add_argument("--tiles", type=_positive, default=12, metavar="N", help="default: 12")
+
+    aot = add("aot", _aot, "What every Triton kernel compiles to, for a GPU that need not be there.")
+    aot.add_argument("--arch", type=int, choices=(80, 90, 100), help="compute capability (default: all)")
+    aot.add_argument("--kernel", metavar="NAME", help="the Triton function's name (default: all)")
 
     add("info", _info, "Backends, versions and this machine.")
     return parser
@@ -135,6 +139,12 @@ def _efficiency(options: argparse.Namespace) -> dict[str, Any] | None:
     if not options.json:
         Console().print(render(rows))
     return {"tiles": options.tiles, "rows": rows}
+
+
+def _aot(options: argparse.Namespace) -> list[dict[str, Any]]:
+    from .aot import run
+
+    return run(options)
 
 
 def _info(options: argparse.Namespace) -> dict[str, Any] | None:

@@ -1,0 +1,205 @@
+"""What every Triton kernel compiles to, without a GPU: registers, spills, shared memory, occupancy, instructions.
+
+The arguments are those of a real launch, on the meta device, so that the compiler sees the same alignments and
+constants; a stand-in driver says for which target. Nothing here is a timing.
+"""
+
+from __future__ import annotations
+
+import importlib
+import multiprocessing
+import os
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from .kernels._interpreter import interpreting
+
+ARCHS = (80, 90, 100)
+MODULES = ("attention", "attention_bwd")
+
+# a streaming multiprocessor's shared memory in KiB, of which 1 goes to the system for every block
+_SHARED_KIB = {80: 164, 90: 228, 100: 228}
+_REGISTERS, _THREADS = 65536, 2048
+
+
+class Job(NamedTuple):
+    """One kernel, for one target, in one configuration."""
+
+    module: str
+    kernel: str
+    arch: int
+    bits: int
+    shape: dict[str, int]
+    variant: dict[str, Any]
+    config: dict[str, Any]
+    shipped: bool
+
+
+def jobs(archs: Sequence[int] = ARCHS, kernel: str | None = None) -> list[Job]:
+    """Every configuration of the tables, and the baselines that some kernels are compared with.
+
+    Raises:
+        ValueError: no kernel has that name.
+    """
+    found = [
+        Job(module, entry.name, arch, bits, shape, variant, config, shipped)
+        for module, entry in _kernels()
+        if kernel in (None, entry.name)
+        for arch in archs
+        for bits in (16, 32)
+        for shape, config, shipped in _configurations(entry, arch, bits)
+        for variant in entry.variants
+        if shipped or not variant
+    ]
+    if not found:
+        names = sorted(entry.name for _, entry in _kernels())
+        raise ValueError(f"--kernel: got {kernel!r}, expected one of {', '.join(names)}")
+    return found
+
+
+def report(tasks: Sequence[Job], done: Callable[[dict[str, Any]], None] = lambda row: None) -> list[dict[str, Any]]:
+    """Compiles all of `tasks`, several at a time; `done` is called with each row as it comes.
+
+    Raises:
+        BackendUnavailable: Triton or the disassembler that it carries is missing, or kernels are interpreted here.
+    """
+    from . import BackendUnavailable
+
+    if interpreting():
+        raise BackendUnavailable("kernels cannot be compiled while TRITON_INTERPRET is set: unset it")
+    _cuobjdump()
+    rows = []
+    # each with a driver of its own; a fork would copy locks of torch's threads
+    workers = min(len(tasks), os.cpu_count() or 1)
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        for row in pool.map(compile_job, tasks):
+            # a configuration that this variant cannot take is compiled where it can
+            if row is not None:
+                rows.append(row)
+                done(row)
+    return rows
+
+
+def compile_job(job: Job) -> dict[str, Any] | None:
+    """The report of one configuration; None where the variant does not take it."""
+    import torch
+    from triton.runtime import driver
+
+    from .kernels import _launch
+
+    (kernel,) = (entry for module, entry in _kernels() if entry.name == job.kernel)
+    dtype = {16: torch.bfloat16, 32: torch.float32}[job.bits]
+    call = kernel.example(dtype, "meta", **job.shape, **job.variant)
+    with _launch.forced(job.kernel, job.config), _launch.recording(job.arch) as launches:
+        call()
+    launch = next(launch for launch in launches if launch.kernel is kernel.function)
+    given = launch.constants | launch.options
+    if any(given.get(key, value) != value for key, value in job.config.items()):
+        return None
+    driver.set_active(_NoDevice(job.arch))
+    compiled = launch.kernel.warmup(
+        *launch.args, grid=(1,), **launch.constants, **launch.options, enable_fp_fusion=True
+    )
+    return {
+        "kernel": job.kernel,
+        "config": job.config,
+        "shape": job.shape | job.variant,
+        "arch": job.arch,
+        "dtype": str(dtype).removeprefix("torch."),
+        **_resources(compiled.asm["cubin"], job.arch, compiled.metadata.num_warps, compiled.metadata.shared),
+        "shipped": job.shipped,
+    }
+
+
+class _NoDevice:
+    """All that a Triton kernel asks of a driver in order to be compiled."""
+
+    def __init__(self, arch: int) -> None:
+        self.arch = arch
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", self.arch, 32)
+
+    def get_current_device(self) -> int:
+        # binaries are kept by device number: one number for all targets would mix them up
+        return self.arch
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> Any:
+        import torch
+
+        return torch.device("cpu")
+
+
+def _kernels() -> Iterator[tuple[str, Any]]:
+    for module in MODULES:
+        for kernel in importlib.import_module(f"vlmkern.kernels.{module}").KERNELS:
+            yield module, kernel
+
+
+def _configurations(kernel: Any, arch: int, bits: int) -> Iterator[tuple[dict[str, int], dict[str, Any], bool]]:
+    from .kernels import _launch
+
+    for shape, config in _launch.rows(kernel.name, arch, bits):
+        yield kernel.shape if shape is None else shape, config, True
+    if kernel.baseline is not None and bits == 16:
+        yield kernel.shape, kernel.baseline, False
+
+
+def _resources(cubin: bytes, arch: int, warps: int, shared: int) -> dict[str, Any]:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage, sass = (
+            subprocess.run([_cuobjdump(), flag, file.name], check=True, text=True, capture_output=True).stdout
+            for flag in ("--dump-resource-usage", "-sass")
+        )
+    (registers,) = re.findall(r"\bREG:(\d+)", usage)
+    # a line is an address in a comment, at times a predicate, and the instruction
+    code = Counter(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)", sass, re.MULTILINE))
+
+    def count(pattern: str) -> int:
+        return sum(n for name, n in code.items() if re.match(pattern, name))
+
+    # registers are given to warps in steps of 256
+    per_warp = -(-int(registers) * 32 // 256) * 256
+    return {
+        "registers": int(registers),
+        "spill_bytes": sum(n * _width(name) for name, n in code.items() if re.match(r"(STL|LDL)\b", name)),
+        "shared_bytes": shared,
+        "ctas_per_sm": min(
+            _REGISTERS // (per_warp * warps), _THREADS // (32 * warps), _SHARED_KIB[arch] * 1024 // (shared + 1024)
+        ),
+        "instructions": sum(code.values()),
+        "mma": {name: n for name, n in sorted(code.items()) if re.match(r"(HGMMA|HMMA|QGMMA|UTC\w*MMA)\b", name)},
+        "tma": count(r"UTMALDG"),
+        "cp_async": count(r"LDGSTS"),
+    }
+
+
+def _width(instruction: str) -> int:
+    """Bytes that a thread moves by a local load or store."""
+    return {"64": 8, "128": 16}.get(instruction.rsplit(".", 1)[-1], 4)
+
+
+def _cuobjdump() -> str:
+    from . import BackendUnavailable
+
+    try:
+        from triton.backends import nvidia
+    except ImportError as error:
+        raise BackendUnavailable(f"triton with its NVIDIA backend is needed to compile kernels: {error}") from error
+    tool = Path(nvidia.__file__).parent / "bin" / "cuobjdump"
+    if not tool.exists():
+        raise BackendUnavailable(f"triton's disassembler is missing: {tool}")
+    return str(tool)

@@ -1,0 +1,66 @@
+"""`vlmkern aot`: what every Triton kernel compiles to, for a target that need not be there."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from .. import aot
+
+
+def run(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Prints a table a target, unless JSON is wanted: the rows of `vlmkern.aot.report`."""
+    archs = aot.ARCHS if options.arch is None else (options.arch,)
+    tasks = aot.jobs(archs, options.kernel)
+    if options.json:
+        return aot.report(tasks)
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        bar = progress.add_task("Compiling", total=len(tasks))
+        rows = aot.report(tasks, lambda row: progress.advance(bar))
+    console = Console()
+    console = Console(width=max(150, console.width))
+    for arch in archs:
+        console.print(_table(arch, [row for row in rows if row["arch"] == arch]))
+    console.print("Read from compiled binaries: nothing here was timed. * compared with, not shipped.")
+    return rows
+
+
+def _table(arch: int, rows: list[dict[str, Any]]) -> Table:
+    table = Table(title=f"sm_{arch}", title_justify="left")
+    for heading in ("kernel", "dtype", "shape", "config"):
+        table.add_column(heading, overflow="fold")
+    for heading in ("regs", "spills", "shared", "CTAs/SM", "instr.", "TMA", "cp.async"):
+        table.add_column(heading, justify="right")
+    table.add_column("matrix instructions", overflow="fold")
+    for row in rows:
+        table.add_row(
+            row["kernel"] + ("" if row["shipped"] else " *"),
+            {"bfloat16": "bf16", "float32": "fp32"}[row["dtype"]],
+            _pairs(row["shape"]),
+            _config(row["config"]),
+            str(row["registers"]),
+            str(row["spill_bytes"] or "-"),
+            f"{row['shared_bytes'] / 1024:.0f}K",
+            str(row["ctas_per_sm"]),
+            str(row["instructions"]),
+            str(row["tma"] or "-"),
+            str(row["cp_async"] or "-"),
+            " ".join(f"{name.split('.F32')[0]}:{count}" for name, count in row["mma"].items()) or "-",
+        )
+    return table
+
+
+def _pairs(values: dict[str, Any]) -> str:
+    return " ".join(f"{key}={value}" for key, value in values.items())
+
+
+def _config(config: dict[str, Any]) -> str:
+    """Blocks, then w(arps), s(tages) and r(egisters at most)."""
+    short = {"num_warps": "w", "num_stages": "s", "maxnreg": "r"}
+    blocks = "x".join(str(value) for key, value in config.items() if key.startswith("BLOCK"))
+    flags = [key for key, value in config.items() if value is True]
+    return " ".join([blocks, *flags, *(f"{mark}{config[key]}" for key, mark in short.items() if key in config)])
