@@ -82,23 +82,39 @@ class Kernel(NamedTuple):
 _recorded: list[Launch] | None = None
 _target: int | None = None
 _forced: dict[str, Config] = {}
+_plans: list[Any] = []
 
 
 def launch(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], config: Config, **constants: Any) -> None:
     """Runs `kernel` over `grid` with the block sizes and compiler options of `config`; the first tensor of `args` says
     on which device. Programs are counted along the first axis, which alone may exceed 65,535."""
+    start(Launch(kernel, grid, args, *split(config, constants)))
+
+
+def split(config: Config, constants: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The constants of a launch, block sizes among them, and its compiler options."""
     options = {key: config[key] for key in _OPTIONS if key in config}
-    constants |= {key: value for key, value in config.items() if key not in _OPTIONS}
-    call = Launch(kernel, grid, args, constants, options)
+    return constants | {key: value for key, value in config.items() if key not in _OPTIONS}, options
+
+
+def start(call: Launch) -> None:
+    """Runs a launch on the device of its first argument that is a tensor, or notes it under `recording`."""
     if _recorded is not None:
         _recorded.append(call)
         return
-    device = next(arg.device for arg in args if isinstance(arg, Tensor))
+    device = next(arg.device for arg in call.args if isinstance(arg, Tensor))
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
             call.run()
     else:
         call.run()
+
+
+def planned(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Keeps what a function of shapes and strides returns, as long as configurations stay what they are."""
+    kept = functools.lru_cache(maxsize=4096)(function)
+    _plans.append(kept)
+    return kept
 
 
 def select(name: str, like: Tensor, tma: bool = False, **shape: int) -> Config:
@@ -107,9 +123,14 @@ def select(name: str, like: Tensor, tma: bool = False, **shape: int) -> Config:
     Args:
         tma: whether descriptors can take the operands; without, configurations that have "TMA" are left out.
     """
+    return select_for(name, like.dtype, like.device, tma, **shape)
+
+
+def select_for(name: str, dtype: torch.dtype, device: torch.device, tma: bool = False, **shape: int) -> Config:
+    """`select` without a tensor."""
     if name in _forced and (tma or not _forced[name].get("TMA")):
         return _forced[name]
-    return _select(name, _arch(like.device), like.element_size() * 8, tma, **shape)
+    return _select(name, _arch(device), dtype.itemsize * 8, tma, **shape)
 
 
 @contextmanager
@@ -119,10 +140,12 @@ def recording(arch: int | None = None) -> Iterator[list[Launch]]:
     global _recorded, _target
     before = _recorded, _target
     _recorded, _target = [], arch
+    _forget_plans()
     try:
         yield _recorded
     finally:
         _recorded, _target = before
+        _forget_plans()
 
 
 @contextmanager
@@ -131,11 +154,13 @@ def forced(name: str, config: Config) -> Iterator[None]:
     operands do not allow."""
     before = dict(_forced)
     _forced[name] = config
+    _forget_plans()
     try:
         yield
     finally:
         _forced.clear()
         _forced.update(before)
+        _forget_plans()
 
 
 def table(name: str, arch: int) -> dict[str, Any]:
@@ -171,6 +196,11 @@ def _select(name: str, arch: int, bits: int, tma: bool, **shape: int) -> Config:
             nearest, distance = config, away
     assert nearest is not None, f"{name}: no configuration for sm_{arch}, {bits} bits"
     return nearest
+
+
+def _forget_plans() -> None:
+    for plan in _plans:
+        plan.cache_clear()
 
 
 def _distance(entry: dict[str, int], shape: dict[str, int]) -> float:

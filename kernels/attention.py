@@ -8,6 +8,7 @@ FLOPs: 4 * N^2 * D an image and head. Least bytes: q, k, v and the result once.
 
 import math
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -16,7 +17,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ._interpreter import mend
-from ._launch import Config, Kernel, launch, select, takes_descriptor
+from ._launch import Kernel, Launch, planned, select_for, split, start
 
 mend()
 
@@ -230,80 +231,123 @@ def attention_fwd_kernel(
     tl.store(p_lse_rows + o_row, (b_max + tl.log2(b_sum)) * 0.6931471805599453, mask=o_row < keys - i_query)
 
 
-class Problem:
-    """What forward and backward ask of the arguments: sizes, strides, and how the scores are scaled."""
+class Plan(NamedTuple):
+    """All of a launch but its tensors."""
 
-    def __init__(self, q: Tensor, scale: float, cu_seqlens: Tensor | None, max_seqlen: int | None) -> None:
-        self.packed = cu_seqlens is not None
-        self.tokens, self.heads, self.head_dim = q.shape[-3:]
-        self.images = len(cu_seqlens) - 1 if cu_seqlens is not None else q.shape[0]
-        self.longest = self.tokens if max_seqlen is None else min(max_seqlen, self.tokens)
-        self.lse_shape = (self.heads, self.tokens) if self.packed else (self.images, self.heads, self.tokens)
-        # masked scores are -inf, which a factor of zero would turn into NaN; kernels multiply by its size
-        self.scale = max(abs(scale), 1e-30) * _LOG2_E
-        self.constants = {
-            "D": self.head_dim,
-            "PACKED": self.packed,
-            "NEGATED": scale < 0,
-            "SPLIT_TAIL": q.dtype != torch.float32,
-        }
+    lse_shape: tuple[int, ...]
+    grid: tuple[int]
+    sizes: tuple[Any, ...]
+    constants: dict[str, Any]
+    options: dict[str, Any]
+    blocks: tuple[dict[str, Any], ...]
 
-    def grid(self, block: int) -> tuple[int, tuple[int]]:
-        """Blocks of the longest image, and all programs."""
-        blocks = triton.cdiv(self.longest, block)
-        return blocks, (blocks * self.heads * self.images,)
-
-    def strides(self, x: Tensor) -> tuple[int, int]:
-        """From image to image and from token to token."""
-        return (0 if self.packed else x.stride(0)), x.stride(-3)
+    def descriptors(self, x: Tensor) -> list[TensorDescriptor]:
+        """Of k or v, in blocks of LO and of HI columns."""
+        strides = x.stride()
+        views = []
+        for fields in self.blocks:
+            # a descriptor checks its fields each time one is made, a third of a call's time; these were made in `plan`
+            view = TensorDescriptor.__new__(TensorDescriptor)
+            view.__dict__.update(fields, base=x, strides=[strides[0], strides[2], strides[1], 1])
+            views.append(view)
+        return views
 
 
-def split_head(head_dim: int, config: Config) -> tuple[int, int]:
-    """LO and HI, powers of two that tensor cores take, HI 0 where LO is enough. A configuration's "LO" overrides."""
-    lo = config.get("LO", max(16, 1 << head_dim.bit_length() - 1))
-    rest = head_dim - lo
-    return lo, 0 if rest <= 0 else max(16, triton.next_power_of_2(rest))
+@planned
+def plan(
+    kernel: str,
+    block: str,
+    shape: tuple[int, ...],
+    strides: tuple[tuple[int, ...], ...],
+    dtype: torch.dtype,
+    device: torch.device,
+    scale: float,
+    segments: int | None,
+    max_seqlen: int | None,
+    aligned: bool,
+) -> Plan:
+    """How one of attention's kernels is launched on q, k, v of these strides, in programs of `block` tokens.
+
+    Args:
+        segments: how many are packed; None if the tensors are dense.
+        aligned: whether k and v start at multiples of 16 bytes.
+    """
+    tokens, heads, head_dim = shape[-3:]
+    packed = segments is not None
+    images = segments if packed else shape[0]
+    longest = tokens if max_seqlen is None else min(max_seqlen, tokens)
+    # packed keys end inside the tensor, where a descriptor would fetch the next segment's, be they NaN
+    tma = not packed and aligned and all(s * dtype.itemsize % 16 == 0 for x in strides[1:] for s in x[:-1])
+    config = dict(select_for(kernel, dtype, device, tma, tokens=longest, head_dim=head_dim))
+    lo = config.pop("LO", max(16, 1 << head_dim.bit_length() - 1))
+    hi = 0 if head_dim <= lo else max(16, 1 << (head_dim - lo - 1).bit_length())
+    blocks = -(-longest // config[block])
+    constants = {
+        "STRIDE_QH": strides[0][-2],
+        "STRIDE_KH": strides[1][-2],
+        "STRIDE_VH": strides[2][-2],
+        "D": head_dim,
+        "LO": lo,
+        "HI": hi,
+        "PACKED": packed,
+        "SPLIT_TAIL": dtype != torch.float32,
+        "NEGATED": scale < 0,
+    }
+    return Plan(
+        (heads, tokens) if packed else (images, heads, tokens),
+        (blocks * heads * images,),
+        (
+            tokens,
+            blocks,
+            heads,
+            # masked scores are -inf, which a factor of zero would turn into NaN; kernels multiply by its size
+            max(abs(scale), 1e-30) * _LOG2_E,
+            *(stride for x in strides for stride in (0 if packed else x[0], x[-3])),
+            heads * head_dim,
+        ),
+        *split(config, constants),
+        tuple(
+            vars(
+                TensorDescriptor(_Aligned(dtype), [images, heads, tokens, head_dim], [8, 8, 8, 1], [1, 1, rows, width])
+            )
+            for rows, width in ((config["BLOCK_N"], lo), (config["BLOCK_N"], hi or lo))
+        )
+        if config.get("TMA")
+        else (),
+    )
+
+
+class _Aligned(NamedTuple):
+    """In place of a tensor whose address and strides have been seen to."""
+
+    dtype: torch.dtype
+
+    def data_ptr(self) -> int:
+        return 0
 
 
 def attention_fwd(
     q: Tensor, k: Tensor, v: Tensor, scale: float, cu_seqlens: Tensor | None, max_seqlen: int | None
 ) -> tuple[Tensor, Tensor]:
     """Output, dense, and log-sum-exp of q, k, v [B, N, H, D], or packed [T, H, D] with cu_seqlens [S + 1]."""
-    problem = Problem(q, scale, cu_seqlens, max_seqlen)
-    out, lse = q.new_empty(q.shape), q.new_empty(problem.lse_shape, dtype=torch.float32)
-    if out.numel() == 0 or problem.longest == 0:
-        return out, lse
-    # packed keys end inside the tensor, where a descriptor would fetch the next segment's, be they NaN
-    tma = not problem.packed and takes_descriptor(k) and takes_descriptor(v)
-    config = select("attention_fwd_kernel", q, tma, tokens=problem.longest, head_dim=problem.head_dim)
-    lo, hi = split_head(problem.head_dim, config)
-    keys, values = ((x, x) for x in (k, v))
-    if config["TMA"]:
-        keys, values = (_descriptors(x, config["BLOCK_N"], lo, hi) for x in (k, v))
-    blocks, grid = problem.grid(config["BLOCK_M"])
-    args = (q, keys[0], values[0], keys[1], values[1], out, lse, cu_seqlens)
-    sizes = (problem.tokens, blocks, problem.heads, problem.scale)
-    strides = (*problem.strides(q), *problem.strides(k), *problem.strides(v), out.stride(-3))
-    launch(
-        attention_fwd_kernel,
-        grid,
-        args + sizes + strides,
-        {key: value for key, value in config.items() if key != "LO"},
-        STRIDE_QH=q.stride(-2),
-        STRIDE_KH=k.stride(-2),
-        STRIDE_VH=v.stride(-2),
-        LO=lo,
-        HI=hi,
-        **problem.constants,
+    how = plan(
+        "attention_fwd_kernel",
+        "BLOCK_M",
+        q.shape,
+        (q.stride(), k.stride(), v.stride()),
+        q.dtype,
+        q.device,
+        scale,
+        None if cu_seqlens is None else len(cu_seqlens) - 1,
+        max_seqlen,
+        (k.data_ptr() | v.data_ptr()) % 16 == 0,
     )
+    out, lse = q.new_empty(q.shape), q.new_empty(how.lse_shape, dtype=torch.float32)
+    if how.grid[0] and q.numel():
+        (k_lo, k_hi), (v_lo, v_hi) = map(how.descriptors, (k, v)) if how.blocks else ((k, k), (v, v))
+        args = (q, k_lo, v_lo, k_hi, v_hi, out, lse, cu_seqlens, *how.sizes)
+        start(Launch(attention_fwd_kernel, how.grid, args, how.constants, how.options))
     return out, lse
-
-
-def _descriptors(x: Tensor, rows: int, lo: int, hi: int) -> list[TensorDescriptor]:
-    """Of [B, N, H, D] as [B, H, N, D], in blocks of `rows` tokens and LO or HI columns."""
-    heads_first = x.transpose(1, 2)
-    shape, strides = list(heads_first.shape), list(heads_first.stride())
-    return [TensorDescriptor(x, shape, strides, [1, 1, rows, width]) for width in (lo, hi or lo)]
 
 
 def fused_qkv(dtype: torch.dtype, device: str, tokens: int, head_dim: int, packed: bool) -> tuple:

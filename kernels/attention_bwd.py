@@ -16,10 +16,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import Kernel, launch, select
-from .attention import Problem, fused_qkv, load_rows, segment, split_head, store_rows
+from ._launch import Kernel, Launch, start
+from .attention import fused_qkv, load_rows, plan, segment, store_rows
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
+_LN_2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
@@ -85,7 +86,6 @@ def attention_bwd_dq_kernel(
     blocks,
     heads,
     scale,
-    signed_scale,
     stride_qb,
     stride_q,
     stride_kb,
@@ -148,9 +148,10 @@ def attention_bwd_dq_kernel(
             b_dq_lo, b_dq_hi, b_q_lo, b_q_hi, b_do_lo, b_do_hi, b_lse, b_delta, p_k, p_v, stride_k, stride_v,
             i_tail, keys, scale, D, LO, HI, BLOCK_N, NEGATED, True,
         )  # fmt: skip
-    store_rows(p_dq + i_dense, stride_out, rows, b_dq_lo * signed_scale, 0, 0, D, BLOCK_M, LO)
+    factor = (-scale if NEGATED else scale) * _LN_2
+    store_rows(p_dq + i_dense, stride_out, rows, b_dq_lo * factor, 0, 0, D, BLOCK_M, LO)
     if HI:
-        store_rows(p_dq + i_dense, stride_out, rows, b_dq_hi * signed_scale, D - HI, LO, D, BLOCK_M, HI)
+        store_rows(p_dq + i_dense, stride_out, rows, b_dq_hi * factor, D - HI, LO, D, BLOCK_M, HI)
 
 
 @triton.jit
@@ -224,7 +225,6 @@ def attention_bwd_dkv_kernel(
     blocks,
     heads,
     scale,
-    signed_scale,
     stride_qb,
     stride_q,
     stride_kb,
@@ -286,10 +286,11 @@ def attention_bwd_dkv_kernel(
             b_dk_lo, b_dk_hi, b_dv_lo, b_dv_hi, b_k_lo, b_k_hi, b_v_lo, b_v_hi, p_q, p_grad, p_lse, p_delta,
             stride_q, stride_out, i_tail, queries, scale, D, LO, HI, BLOCK_M, NEGATED, True,
         )  # fmt: skip
-    store_rows(p_dk + i_dense, stride_out, rows, b_dk_lo * signed_scale, 0, 0, D, BLOCK_N, LO)
+    factor = (-scale if NEGATED else scale) * _LN_2
+    store_rows(p_dk + i_dense, stride_out, rows, b_dk_lo * factor, 0, 0, D, BLOCK_N, LO)
     store_rows(p_dv + i_dense, stride_out, rows, b_dv_lo, 0, 0, D, BLOCK_N, LO)
     if HI:
-        store_rows(p_dk + i_dense, stride_out, rows, b_dk_hi * signed_scale, D - HI, LO, D, BLOCK_N, HI)
+        store_rows(p_dk + i_dense, stride_out, rows, b_dk_hi * factor, D - HI, LO, D, BLOCK_N, HI)
         store_rows(p_dv + i_dense, stride_out, rows, b_dv_hi, D - HI, LO, D, BLOCK_N, HI)
 
 
@@ -305,26 +306,20 @@ def attention_bwd(
     max_seqlen: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients by q, k and v, dense, from what `kernels.attention.attention_fwd` took and gave."""
-    problem = Problem(q, scale, cu_seqlens, max_seqlen)
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
     if dq.numel() == 0:
         return dq, dk, dv
     # gradients of sums have strides of zero
     grad, delta = grad.contiguous(), lse.new_empty(lse.shape)
-    sizes = (problem.scale, scale)
-    strides = (*problem.strides(q), *problem.strides(k), *problem.strides(v), out.stride(-3))
-    constants = {"STRIDE_QH": q.stride(-2), "STRIDE_KH": k.stride(-2), "STRIDE_VH": v.stride(-2), **problem.constants}
-
-    def run(kernel: Any, block: str, args: tuple[Tensor | None, ...]) -> None:
-        config = select(kernel.__name__, q, tokens=problem.longest, head_dim=problem.head_dim)
-        blocks, grid = problem.grid(config[block])
-        lo, hi = split_head(problem.head_dim, config)
-        all_args = (*args, problem.tokens, blocks, problem.heads, *sizes, *strides)
-        launch(kernel, grid, all_args, config, LO=lo, HI=hi, **constants)
-
+    segments = None if cu_seqlens is None else len(cu_seqlens) - 1
+    geometry = (q.shape, (q.stride(), k.stride(), v.stride()), q.dtype, q.device, scale, segments, max_seqlen, False)
     # by q first: it leaves delta for the other
-    run(attention_bwd_dq_kernel, "BLOCK_M", (grad, q, k, v, out, lse, cu_seqlens, dq, delta))
-    run(attention_bwd_dkv_kernel, "BLOCK_N", (grad, q, k, v, lse, delta, cu_seqlens, dk, dv))
+    for kernel, block, tensors in (
+        (attention_bwd_dq_kernel, "BLOCK_M", (grad, q, k, v, out, lse, cu_seqlens, dq, delta)),
+        (attention_bwd_dkv_kernel, "BLOCK_N", (grad, q, k, v, lse, delta, cu_seqlens, dk, dv)),
+    ):
+        how = plan(kernel.__name__, block, *geometry)
+        start(Launch(kernel, how.grid, (*tensors, *how.sizes), how.constants, how.options))
     return dq, dk, dv
 
 
@@ -333,7 +328,7 @@ def _example(
 ) -> Callable[[], tuple[Tensor, Tensor, Tensor]]:
     q, k, v, bounds, longest = fused_qkv(dtype, device, tokens, head_dim, packed)
     out, grad = torch.randn_like(q), torch.randn_like(q)
-    lse = torch.zeros(Problem(q, 1.0, bounds, longest).lse_shape, device=device)
+    lse = torch.zeros((16, len(q)) if packed else (13, 16, tokens), device=device)
     return lambda: attention_bwd(grad, q, k, v, out, lse, head_dim**-0.5, bounds, longest)
 
 

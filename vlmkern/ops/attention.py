@@ -54,7 +54,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, scale: float, cu_seqlens: Tensor | N
     for name, tensor in (("k", k), ("v", v)):
         _checks.shape(name, tensor, q.shape, layout + " like q")
         _checks.like(name, tensor, "q", q)
-    _checks.value(q.shape[-1] > 0, f"q: got shape {list(q.shape)}, expected a head dimension of at least 1")
+    _checks.value(q.shape[-1] > 0, lambda: f"q: got shape {list(q.shape)}, expected a head dimension of at least 1")
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         _checks.unit_last_stride(name, tensor)
     if not packed:
@@ -66,9 +66,11 @@ def _check(q: Tensor, k: Tensor, v: Tensor, scale: float, cu_seqlens: Tensor | N
     if cu_seqlens.dtype != torch.int32:
         raise TypeError(f"cu_seqlens: got dtype {cu_seqlens.dtype}, expected torch.int32")
     _checks.rank("cu_seqlens", cu_seqlens, "[S + 1]")
-    _checks.value(cu_seqlens.shape[0] >= 1, "cu_seqlens: got shape [0], expected [S + 1] with at least one bound")
+    _checks.value(
+        cu_seqlens.shape[0] >= 1, lambda: "cu_seqlens: got shape [0], expected [S + 1] with at least one bound"
+    )
     _checks.same_device("cu_seqlens", cu_seqlens, "q", q)
-    _checks.value(max_seqlen >= 0, f"max_seqlen: got {max_seqlen}, expected at least 0")
+    _checks.value(max_seqlen >= 0, lambda: f"max_seqlen: got {max_seqlen}, expected at least 0")
 
 
 def _check_values(

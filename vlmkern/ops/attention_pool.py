@@ -103,7 +103,9 @@ def _check(
     tiles, patches, channels = first.shape
     _checks.value(
         patches == grid[0] * grid[1],
-        f"features[0]: got shape {list(first.shape)}, expected N = grid[0] * grid[1] = {grid[0] * grid[1]} patches",
+        lambda: (
+            f"features[0]: got shape {list(first.shape)}, expected N = grid[0] * grid[1] = {grid[0] * grid[1]} patches"
+        ),
     )
     for i, feature in enumerate(features):
         _checks.shape(f"features[{i}]", feature, first.shape, "[T, N, C] like features[0]")
@@ -117,7 +119,9 @@ def _check(
     for name, inner in (("w_q", w_q.shape[0]), ("w_o", w_o.shape[1])):
         _checks.value(
             inner > 0 and inner % num_heads == 0,
-            f"{name}: got an inner size of {inner}, expected a multiple of num_heads = {num_heads}",
+            lambda name=name, inner=inner: (
+                f"{name}: got an inner size of {inner}, expected a multiple of num_heads = {num_heads}"
+            ),
         )
     kv_rows = w_q.shape[0] + w_o.shape[1]
     _checks.shape("w_kv", w_kv, (kv_rows, width), "[H*Dk + H*Dv, L*C]")

@@ -39,7 +39,7 @@ def linear(
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, residual: Tensor | None) -> None:
     _checks.float_tensor("x", x)
-    _checks.value(x.dim() >= 1, f"x: got shape {list(x.shape)}, expected [..., C]")
+    _checks.value(x.dim() >= 1, lambda: f"x: got shape {list(x.shape)}, expected [..., C]")
     _checks.rank("weight", weight, "[E, C]")
     _checks.shape("weight", weight, (weight.shape[0], x.shape[-1]), "[E, C] with C from x")
     if bias is not None:

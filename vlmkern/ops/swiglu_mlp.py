@@ -39,13 +39,13 @@ def swiglu_mlp(
 
 def _check(x: Tensor, w_up: Tensor, w_down: Tensor, b_up: Tensor | None, b_down: Tensor | None) -> None:
     _checks.float_tensor("x", x)
-    _checks.value(x.dim() >= 1, f"x: got shape {list(x.shape)}, expected [..., C]")
+    _checks.value(x.dim() >= 1, lambda: f"x: got shape {list(x.shape)}, expected [..., C]")
     _checks.rank("w_up", w_up, "[2F, C]")
     _checks.rank("w_down", w_down, "[E, F]")
     up_rows, features = w_up.shape[0], w_down.shape[1]
     _checks.value(
         up_rows % 2 == 0,
-        f"w_up: got shape {list(w_up.shape)}, expected an even number of rows, [value | gate]",
+        lambda: f"w_up: got shape {list(w_up.shape)}, expected an even number of rows, [value | gate]",
     )
     _checks.shape("w_up", w_up, (2 * features, x.shape[-1]), "[2F, C] with F from w_down and C from x")
     if b_up is not None:
