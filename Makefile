@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 NATIVE := CMakeLists.txt $(shell find csrc -type f)
 
-.PHONY: setup demo test bench sanitize lint format dist clean
+.PHONY: setup demo test bench gpu sanitize lint format dist clean
 
 setup: $(STAMP)
 
@@ -27,6 +27,12 @@ bench: setup
 	mkdir -p bench/out
 	$(BIN)/python -m pytest bench --benchmark-only --benchmark-json=bench/out/latest.json --quiet
 	$(BIN)/python bench/report.py bench/out/latest.json
+
+# GPU tests, then the GPU benchmark, with the machine's own Python and torch: nothing is installed or downloaded
+GPU_PYTHON ?= python3
+gpu:
+	PYTHONPATH=$(CURDIR) $(GPU_PYTHON) -m pytest -m gpu tests/gpu
+	PYTHONPATH=$(CURDIR) $(GPU_PYTHON) bench/gpu.py
 
 # the op tests on an extension built with AddressSanitizer and UndefinedBehaviorSanitizer, for each instruction set
 sanitize: setup

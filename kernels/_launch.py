@@ -210,13 +210,14 @@ def _distance(entry: dict[str, int], shape: dict[str, int]) -> float:
 
 def _arch(device: torch.device) -> int:
     if device.type == "cuda":
-        return _table_arch(device.index)
+        return table_arch(device.index)
     # the interpreter runs the tables of the architecture with the most variants
     return _target or 90
 
 
 @functools.cache
-def _table_arch(index: int) -> int:
+def table_arch(index: int) -> int:
+    """The architecture whose tables CUDA device `index` reads."""
     major, _ = torch.cuda.get_device_capability(index)
     # consumer Blackwell (12.x) has the shared memory and the matrix instructions of 8.x
     return {9: 90, 10: 100}.get(major, 80)

@@ -93,6 +93,9 @@ def _parser() -> argparse.ArgumentParser:
     aot.add_argument("--arch", type=int, choices=(80, 90, 100), help="compute capability (default: all)")
     aot.add_argument("--kernel", metavar="NAME", help="the Triton function's name (default: all)")
 
+    tune = add("tune", _tune, "Time every kernel's candidates on this machine's GPU and rewrite its tables.")
+    tune.add_argument("--kernel", metavar="NAME", help="the Triton function's name (default: all)")
+
     add("info", _info, "Backends, versions and this machine.")
     return parser
 
@@ -143,6 +146,12 @@ def _efficiency(options: argparse.Namespace) -> dict[str, Any] | None:
 
 def _aot(options: argparse.Namespace) -> list[dict[str, Any]]:
     from .aot import run
+
+    return run(options)
+
+
+def _tune(options: argparse.Namespace) -> list[dict[str, Any]]:
+    from .tune import run
 
     return run(options)
 

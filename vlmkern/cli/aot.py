@@ -22,7 +22,7 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
         bar = progress.add_task("Compiling", total=len(tasks))
         rows = aot.report(tasks, lambda row: progress.advance(bar))
     console = Console()
-    console = Console(width=max(150, console.width))
+    console = Console(width=max(190, console.width))
     for arch in archs:
         console.print(_table(arch, [row for row in rows if row["arch"] == arch]))
     console.print("Read from compiled binaries: nothing here was timed. * compared with, not shipped.")
@@ -32,7 +32,7 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
 def _table(arch: int, rows: list[dict[str, Any]]) -> Table:
     table = Table(title=f"sm_{arch}", title_justify="left")
     for heading in ("kernel", "dtype", "shape", "config"):
-        table.add_column(heading, overflow="fold")
+        table.add_column(heading, no_wrap=heading != "shape")
     for heading in ("regs", "spills", "shared", "CTAs/SM", "instr.", "TMA", "cp.async"):
         table.add_column(heading, justify="right")
     table.add_column("matrix instructions", overflow="fold")
@@ -40,8 +40,8 @@ def _table(arch: int, rows: list[dict[str, Any]]) -> Table:
         table.add_row(
             row["kernel"] + ("" if row["shipped"] else " *"),
             {"bfloat16": "bf16", "float32": "fp32"}[row["dtype"]],
-            _pairs(row["shape"]),
-            _config(row["config"]),
+            shape_text(row["shape"]),
+            config_text(row["config"]),
             str(row["registers"]),
             str(row["spill_bytes"] or "-"),
             f"{row['shared_bytes'] / 1024:.0f}K",
@@ -54,11 +54,12 @@ def _table(arch: int, rows: list[dict[str, Any]]) -> Table:
     return table
 
 
-def _pairs(values: dict[str, Any]) -> str:
+def shape_text(values: dict[str, Any]) -> str:
+    """Keys and values."""
     return " ".join(f"{key}={value}" for key, value in values.items())
 
 
-def _config(config: dict[str, Any]) -> str:
+def config_text(config: dict[str, Any]) -> str:
     """Blocks, then w(arps), s(tages) and r(egisters at most)."""
     short = {"num_warps": "w", "num_stages": "s", "maxnreg": "r"}
     blocks = "x".join(str(value) for key, value in config.items() if key.startswith("BLOCK"))
