@@ -25,6 +25,8 @@ BACKENDS = ("auto", "reference", "native", "triton", "cuda")
 _AUTO_ORDER = {"cpu": ("native", "reference"), "cuda": ("cuda", "triton", "reference")}
 
 _chosen: ContextVar[str | None] = ContextVar("vlmkern_backend", default=None)
+# backends that were there once: asking torch for devices and the environment takes microseconds of every call
+_found: set[str] = set()
 _implementations: dict[str, dict[str, Callable[..., Any]]] = {}
 
 
@@ -129,18 +131,31 @@ def _require(op: str, name: str, device: torch.device, table: dict[str, Callable
     reason = _missing(name)
     if reason is None and name not in table:
         reason = f"it has no kernel for {op}"
-    if reason is None:
-        wanted = {"native": ("cpu",), "triton": ("cpu",) if interpreting() else ("cuda",), "cuda": ("cuda",)}[name]
-        if device.type not in wanted:
-            reason = f"it takes {wanted[0]} tensors here, got {device.type}"
-            if name == "triton" and device.type == "cpu":
-                reason += " (set TRITON_INTERPRET=1 before the first import of triton to interpret on CPU)"
+    if reason is None and device.type != _device_type(name):
+        reason = f"it takes {_device_type(name)} tensors here, got {device.type}"
+        if name == "triton" and device.type == "cpu":
+            reason += " (set TRITON_INTERPRET=1 before the first import of triton to interpret on CPU)"
     if reason is not None:
         raise BackendUnavailable(f"backend {name!r} cannot run vlmkern::{op}: {reason}")
 
 
+@functools.cache
+def _device_type(name: str) -> str:
+    """The devices that an available backend takes tensors of."""
+    return "cpu" if name == "native" or (name == "triton" and interpreting()) else "cuda"
+
+
 def _missing(name: str) -> str | None:
     """Why a backend cannot run on this machine, or None when it can."""
+    if name in _found:
+        return None
+    reason = _look_for(name)
+    if reason is None:
+        _found.add(name)
+    return reason
+
+
+def _look_for(name: str) -> str | None:
     if name == "native":
         from . import native
 

@@ -9,7 +9,10 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from .. import aot
+from .. import aot, tune
+
+# measured on one: 8192^3 bf16 products of random data, and device-to-device copies counting reads and writes
+_MATMUL_TFLOPS, _COPY_TB = 790, 4.3
 
 
 def run(options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -26,7 +29,31 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
     for arch in archs:
         console.print(_table(arch, [row for row in rows if row["arch"] == arch]))
     console.print("Read from compiled binaries: nothing here was timed. * compared with, not shipped.")
+    console.print(_floors(options.kernel))
     return rows
+
+
+def _floors(name: str | None) -> Table:
+    """The least time that each kernel's work takes on an H200, by arithmetic: a kernel cannot beat the longer of two."""
+    table = Table(
+        title=f"Floors on an H200, bfloat16, 13 crops: {_MATMUL_TFLOPS} TFLOP/s of matrix products, {_COPY_TB} TB/s",
+        title_justify="left",
+    )
+    table.add_column("kernel", no_wrap=True)
+    table.add_column("shape")
+    for heading in ("GFLOP", "least MB", "us by FLOPs", "us by bytes"):
+        table.add_column(heading, justify="right")
+    for kernel in tune.kernels(name):
+        flops, least = kernel.cost(2, **kernel.shape)
+        table.add_row(
+            kernel.name,
+            shape_text(kernel.shape),
+            f"{flops / 1e9:.1f}",
+            f"{least / 1e6:.1f}",
+            f"{flops / _MATMUL_TFLOPS / 1e6:.1f}",
+            f"{least / _COPY_TB / 1e6:.1f}",
+        )
+    return table
 
 
 def _table(arch: int, rows: list[dict[str, Any]]) -> Table:

@@ -3,10 +3,13 @@ was expected. They work on fake tensors with symbolic sizes."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+
+_CONCRETE = (torch.Tensor, torch.nn.Parameter)
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -19,7 +22,7 @@ def float_tensor(name: str, tensor: torch.Tensor) -> None:
 
 def like(name: str, tensor: torch.Tensor, other_name: str, other: torch.Tensor) -> None:
     """TypeError on another dtype, ValueError on another device."""
-    if tensor.dtype != other.dtype:
+    if tensor.dtype is not other.dtype:
         raise TypeError(f"{name}: got dtype {tensor.dtype}, expected {other.dtype} like {other_name}")
     same_device(name, tensor, other_name, other)
 
@@ -30,14 +33,35 @@ def same_device(name: str, tensor: torch.Tensor, other_name: str, other: torch.T
         raise ValueError(f"{name}: got device {tensor.device}, expected {other.device} like {other_name}")
 
 
+def twin(name: str, tensor: torch.Tensor, other_name: str, other: torch.Tensor, layout: str) -> None:
+    """`shape` and `like` in one: the shape, dtype and device of `other`."""
+    if (
+        type(tensor) in _CONCRETE
+        and tensor.dtype is other.dtype
+        and tensor.shape == other.shape
+        and tensor.device == other.device
+    ):
+        return
+    shape(name, tensor, other.shape, f"{layout} like {other_name}")
+    like(name, tensor, other_name, other)
+
+
 def rank(name: str, tensor: torch.Tensor, *layouts: str) -> None:
     """ValueError unless the tensor has as many dimensions as one of the layouts, e.g. "[B, N, H, D]"."""
-    if tensor.dim() not in [layout.count(",") + 1 for layout in layouts]:
+    if tensor.dim() not in _ranks(layouts):
         raise ValueError(f"{name}: got shape {list(tensor.shape)}, expected {' or '.join(layouts)}")
+
+
+@functools.cache
+def _ranks(layouts: tuple[str, ...]) -> frozenset[int]:
+    return frozenset(layout.count(",") + 1 for layout in layouts)
 
 
 def shape(name: str, tensor: torch.Tensor, expected: Sequence[Any], layout: str) -> None:
     """ValueError unless the shape is `expected`; the layout, e.g. "[2F, C]", says what the sizes mean."""
+    # tensors that are being traced have sizes that may only be compared one by one, as torch is to be told of each
+    if type(tensor) in _CONCRETE and tensor.shape == tuple(expected):
+        return
     if tensor.dim() != len(expected):
         raise ValueError(f"{name}: got shape {list(tensor.shape)}, expected {list(expected)} = {layout}")
     for got, want in zip(tensor.shape, expected, strict=True):
@@ -47,6 +71,8 @@ def shape(name: str, tensor: torch.Tensor, expected: Sequence[Any], layout: str)
 
 def unit_last_stride(name: str, tensor: torch.Tensor) -> None:
     """ValueError unless neighbouring elements of the last dimension are neighbours in memory."""
+    if type(tensor) in _CONCRETE and tensor.stride(-1) == 1:
+        return
     if tensor.numel() > 0 and tensor.shape[-1] > 1:
         value(
             tensor.stride(-1) == 1,

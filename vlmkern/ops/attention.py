@@ -49,11 +49,9 @@ def attention(
 def _check(q: Tensor, k: Tensor, v: Tensor, scale: float, cu_seqlens: Tensor | None, max_seqlen: int | None) -> None:
     _checks.float_tensor("q", q)
     packed = cu_seqlens is not None
-    layout = "[T, H, D]" if packed else "[B, N, H, D]"
-    _checks.rank("q", q, layout + (" with cu_seqlens" if packed else " without cu_seqlens"))
+    _checks.rank("q", q, "[T, H, D] with cu_seqlens" if packed else "[B, N, H, D] without cu_seqlens")
     for name, tensor in (("k", k), ("v", v)):
-        _checks.shape(name, tensor, q.shape, layout + " like q")
-        _checks.like(name, tensor, "q", q)
+        _checks.twin(name, tensor, "q", q, "[T, H, D]" if packed else "[B, N, H, D]")
     _checks.value(q.shape[-1] > 0, lambda: f"q: got shape {list(q.shape)}, expected a head dimension of at least 1")
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         _checks.unit_last_stride(name, tensor)
