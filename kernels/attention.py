@@ -87,6 +87,41 @@ def segment(p_cu_seqlens, i_batch, tokens, PACKED: tl.constexpr):
 
 
 @triton.jit
+def stream_rows(
+    x,
+    x_hi,
+    stride,
+    i_batch,
+    i_head,
+    i_row,
+    rows,
+    D: tl.constexpr,
+    LO: tl.constexpr,
+    HI: tl.constexpr,
+    ROWS: tl.constexpr,
+    TMA: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """ROWS rows from i_row on of a tensor of `rows`: its first LO columns and, if there are HI, its last.
+
+    Pointers take the HI columns that end at D, though some are in LO too, as that needs no mask: whoever they are
+    multiplied with has zeros there. Descriptors take those from LO on and fill with zeros.
+    """
+    if TMA:
+        b_lo = x.load([i_batch, i_head, i_row, 0]).reshape(ROWS, LO)
+        b_hi = b_lo
+        if HI:
+            b_hi = x_hi.load([i_batch, i_head, i_row, LO]).reshape(ROWS, HI)
+    else:
+        p_rows = x + tl.cast(i_row, tl.int64) * stride
+        b_lo = load_rows(p_rows, stride, rows - i_row, 0, 0, D, ROWS, LO, MASKED)
+        b_hi = b_lo
+        if HI:
+            b_hi = load_rows(p_rows, stride, rows - i_row, D - HI, 0, D, ROWS, HI, MASKED)
+    return b_lo, b_hi
+
+
+@triton.jit
 def _attend(
     b_acc_lo,
     b_acc_hi,
@@ -115,22 +150,14 @@ def _attend(
     MASKED: tl.constexpr,
 ):
     """One block of keys: the running maximum, sum and weighted values after it."""
-    if TMA:
-        b_k_lo = k.load([i_batch, i_head, i_key, 0]).reshape(BLOCK_N, LO)
-        b_v_lo = v.load([i_batch, i_head, i_key, 0]).reshape(BLOCK_N, LO)
-    else:
-        p_k, p_v = k + tl.cast(i_key, tl.int64) * stride_k, v + tl.cast(i_key, tl.int64) * stride_v
-        b_k_lo = load_rows(p_k, stride_k, keys - i_key, 0, 0, D, BLOCK_N, LO, MASKED)
-        b_v_lo = load_rows(p_v, stride_v, keys - i_key, 0, 0, D, BLOCK_N, LO, MASKED)
+    b_k_lo, b_k_hi = stream_rows(
+        k, k_hi, stride_k, i_batch, i_head, i_key, keys, D, LO, HI, BLOCK_N, TMA, MASKED
+    )  # fmt: skip
+    b_v_lo, b_v_hi = stream_rows(
+        v, v_hi, stride_v, i_batch, i_head, i_key, keys, D, LO, HI, BLOCK_N, TMA, MASKED
+    )  # fmt: skip
     b_s = tl.dot(b_q_lo, b_k_lo.T, input_precision="ieee")  # [BM, BN]
     if HI:
-        if TMA:
-            b_k_hi = k_hi.load([i_batch, i_head, i_key, LO]).reshape(BLOCK_N, HI)
-            b_v_hi = v_hi.load([i_batch, i_head, i_key, LO]).reshape(BLOCK_N, HI)
-        else:
-            # the last columns, though some are in LO too: no mask is needed, as q has zeros there
-            b_k_hi = load_rows(p_k, stride_k, keys - i_key, D - HI, 0, D, BLOCK_N, HI, MASKED)
-            b_v_hi = load_rows(p_v, stride_v, keys - i_key, D - HI, 0, D, BLOCK_N, HI, MASKED)
         b_s = tl.dot(b_q_hi, b_k_hi.T, b_s, input_precision="ieee")
     if NEGATED:
         b_s = -b_s
@@ -242,7 +269,9 @@ class Plan(NamedTuple):
     blocks: tuple[dict[str, Any], ...]
 
     def descriptors(self, x: Tensor) -> list[TensorDescriptor]:
-        """Of k or v, in blocks of LO and of HI columns."""
+        """Of a dense tensor, in blocks of LO and of HI columns; the tensor twice where pointers are taken."""
+        if not self.blocks:
+            return [x, x]
         strides = x.stride()
         views = []
         for fields in self.blocks:
@@ -264,20 +293,23 @@ def plan(
     scale: float,
     segments: int | None,
     max_seqlen: int | None,
+    streamed: tuple[tuple[int, ...], ...],
     aligned: bool,
 ) -> Plan:
-    """How one of attention's kernels is launched on q, k, v of these strides, in programs of `block` tokens.
+    """How one of attention's kernels is launched on q, k, v of these strides.
 
     Args:
+        block: the block size that programs are counted by, "BLOCK_M" or "BLOCK_N"; the kernel loops over the other.
         segments: how many are packed; None if the tensors are dense.
-        aligned: whether k and v start at multiples of 16 bytes.
+        streamed: strides of the tensors that the kernel loops over.
+        aligned: whether they start at multiples of 16 bytes.
     """
     tokens, heads, head_dim = shape[-3:]
     packed = segments is not None
     images = segments if packed else shape[0]
     longest = tokens if max_seqlen is None else min(max_seqlen, tokens)
     # packed keys end inside the tensor, where a descriptor would fetch the next segment's, be they NaN
-    tma = not packed and aligned and all(s * dtype.itemsize % 16 == 0 for x in strides[1:] for s in x[:-1])
+    tma = not packed and aligned and all(s * dtype.itemsize % 16 == 0 for x in streamed for s in x[:-1])
     config = dict(select_for(kernel, dtype, device, tma, tokens=longest, head_dim=head_dim))
     lo = config.pop("LO", max(16, 1 << head_dim.bit_length() - 1))
     hi = 0 if head_dim <= lo else max(16, 1 << (head_dim - lo - 1).bit_length())
@@ -293,6 +325,7 @@ def plan(
         "SPLIT_TAIL": dtype != torch.float32,
         "NEGATED": scale < 0,
     }
+    rows = config["BLOCK_N" if block == "BLOCK_M" else "BLOCK_M"]
     return Plan(
         (heads, tokens) if packed else (images, heads, tokens),
         (blocks * heads * images,),
@@ -310,7 +343,7 @@ def plan(
             vars(
                 TensorDescriptor(_Aligned(dtype), [images, heads, tokens, head_dim], [8, 8, 8, 1], [1, 1, rows, width])
             )
-            for rows, width in ((config["BLOCK_N"], lo), (config["BLOCK_N"], hi or lo))
+            for width in (lo, hi or lo)
         )
         if config.get("TMA")
         else (),
@@ -340,11 +373,12 @@ def attention_fwd(
         scale,
         None if cu_seqlens is None else len(cu_seqlens) - 1,
         max_seqlen,
+        (k.stride(), v.stride()),
         (k.data_ptr() | v.data_ptr()) % 16 == 0,
     )
     out, lse = q.new_empty(q.shape), q.new_empty(how.lse_shape, dtype=torch.float32)
     if how.grid[0] and q.numel():
-        (k_lo, k_hi), (v_lo, v_hi) = map(how.descriptors, (k, v)) if how.blocks else ((k, k), (v, v))
+        (k_lo, k_hi), (v_lo, v_hi) = how.descriptors(k), how.descriptors(v)
         args = (q, k_lo, v_lo, k_hi, v_hi, out, lse, cu_seqlens, *how.sizes)
         start(Launch(attention_fwd_kernel, how.grid, args, how.constants, how.options))
     return out, lse

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._launch import Kernel, Launch, start
-from .attention import fused_qkv, load_rows, plan, segment, store_rows
+from .attention import fused_qkv, load_rows, plan, segment, store_rows, stream_rows
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
 _LN_2 = tl.constexpr(0.6931471805599453)
@@ -33,10 +33,14 @@ def _by_query(
     b_do_hi,
     b_lse,
     b_delta,
-    p_k,
-    p_v,
+    k,
+    v,
+    k_hi,
+    v_hi,
     stride_k,
     stride_v,
+    i_batch,
+    i_head,
     i_key,
     keys,
     scale,
@@ -44,19 +48,20 @@ def _by_query(
     LO: tl.constexpr,
     HI: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    TMA: tl.constexpr,
     NEGATED: tl.constexpr,
     MASKED: tl.constexpr,
 ):
     """What one block of keys adds to the gradient by q."""
-    p_k += tl.cast(i_key, tl.int64) * stride_k
-    p_v += tl.cast(i_key, tl.int64) * stride_v
-    b_k_lo = load_rows(p_k, stride_k, keys - i_key, 0, 0, D, BLOCK_N, LO, MASKED)
-    b_v_lo = load_rows(p_v, stride_v, keys - i_key, 0, 0, D, BLOCK_N, LO, MASKED)
+    b_k_lo, b_k_hi = stream_rows(
+        k, k_hi, stride_k, i_batch, i_head, i_key, keys, D, LO, HI, BLOCK_N, TMA, MASKED
+    )  # fmt: skip
+    b_v_lo, b_v_hi = stream_rows(
+        v, v_hi, stride_v, i_batch, i_head, i_key, keys, D, LO, HI, BLOCK_N, TMA, MASKED
+    )  # fmt: skip
     b_s = tl.dot(b_q_lo, b_k_lo.T, input_precision="ieee")  # [BM, BN]
     b_dp = tl.dot(b_do_lo, b_v_lo.T, input_precision="ieee")  # [BM, BN]
     if HI:
-        b_k_hi = load_rows(p_k, stride_k, keys - i_key, D - HI, 0, D, BLOCK_N, HI, MASKED)
-        b_v_hi = load_rows(p_v, stride_v, keys - i_key, D - HI, 0, D, BLOCK_N, HI, MASKED)
         b_s = tl.dot(b_q_hi, b_k_hi.T, b_s, input_precision="ieee")
         b_dp = tl.dot(b_do_hi, b_v_hi.T, b_dp, input_precision="ieee")
     if NEGATED:
@@ -75,8 +80,10 @@ def _by_query(
 def attention_bwd_dq_kernel(
     p_grad,
     p_q,
-    p_k,
-    p_v,
+    k,
+    v,
+    k_hi,
+    v_hi,
     p_out,
     p_lse,
     p_cu_seqlens,
@@ -104,8 +111,9 @@ def attention_bwd_dq_kernel(
     NEGATED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    TMA: tl.constexpr,
 ):
-    """grad and out (dense), q, k, v, lse -> dq, dense, and delta, shaped like lse. Grid as the forward's."""
+    """grad and out (dense), q, k, v, lse -> dq, dense, and delta, shaped like lse. Grid, k and v as the forward's."""
     i_program = tl.program_id(0)
     i_query = i_program % blocks * BLOCK_M
     i_head = i_program // blocks % heads
@@ -124,9 +132,10 @@ def attention_bwd_dq_kernel(
     b_dq_lo = tl.zeros([BLOCK_M, LO], tl.float32)
     b_q_hi, b_do_hi, b_dq_hi = b_q_lo, b_do_lo, b_dq_lo
     if HI:
-        b_q_hi = load_rows(p_q_rows, stride_q, rows, D - HI, LO, D, BLOCK_M, HI, True)
-        b_do_hi = load_rows(p_grad + i_dense, stride_out, rows, D - HI, LO, D, BLOCK_M, HI, True)
-        b_out_hi = load_rows(p_out + i_dense, stride_out, rows, D - HI, LO, D, BLOCK_M, HI, True)
+        HI_COL: tl.constexpr = LO if TMA else D - HI
+        b_q_hi = load_rows(p_q_rows, stride_q, rows, HI_COL, LO, D, BLOCK_M, HI, True)
+        b_do_hi = load_rows(p_grad + i_dense, stride_out, rows, HI_COL, LO, D, BLOCK_M, HI, True)
+        b_out_hi = load_rows(p_out + i_dense, stride_out, rows, HI_COL, LO, D, BLOCK_M, HI, True)
         b_delta += tl.sum(b_do_hi.to(tl.float32) * b_out_hi.to(tl.float32), 1)
         b_dq_hi = tl.zeros([BLOCK_M, HI], tl.float32)
     o_row = tl.arange(0, BLOCK_M)
@@ -134,24 +143,26 @@ def attention_bwd_dq_kernel(
     b_lse = tl.load(p_lse + i_statistics + o_row, mask=o_row < rows, other=0) * _LOG2_E
     tl.store(p_delta + i_statistics + o_row, b_delta, mask=o_row < rows)
 
-    p_k += i_batch * stride_kb + start * stride_k + i_head * STRIDE_KH
-    p_v += i_batch * stride_vb + start * stride_v + i_head * STRIDE_VH
+    if not TMA:
+        k += i_batch * stride_kb + start * stride_k + i_head * STRIDE_KH
+        v += i_batch * stride_vb + start * stride_v + i_head * STRIDE_VH
+    i_image = i_batch.to(tl.int32)
     # a tail of its own spares the other blocks their masks; float32 needs the registers that two copies take
     whole = keys // BLOCK_N * BLOCK_N if SPLIT_TAIL else 0
     for i_key in range(0, whole, BLOCK_N):
         b_dq_lo, b_dq_hi = _by_query(
-            b_dq_lo, b_dq_hi, b_q_lo, b_q_hi, b_do_lo, b_do_hi, b_lse, b_delta, p_k, p_v, stride_k, stride_v,
-            i_key, keys, scale, D, LO, HI, BLOCK_N, NEGATED, False,
+            b_dq_lo, b_dq_hi, b_q_lo, b_q_hi, b_do_lo, b_do_hi, b_lse, b_delta, k, v, k_hi, v_hi,
+            stride_k, stride_v, i_image, i_head, i_key, keys, scale, D, LO, HI, BLOCK_N, TMA, NEGATED, False,
         )  # fmt: skip
     for i_tail in tl.range(whole, keys, BLOCK_N, num_stages=1 if SPLIT_TAIL else None):
         b_dq_lo, b_dq_hi = _by_query(
-            b_dq_lo, b_dq_hi, b_q_lo, b_q_hi, b_do_lo, b_do_hi, b_lse, b_delta, p_k, p_v, stride_k, stride_v,
-            i_tail, keys, scale, D, LO, HI, BLOCK_N, NEGATED, True,
+            b_dq_lo, b_dq_hi, b_q_lo, b_q_hi, b_do_lo, b_do_hi, b_lse, b_delta, k, v, k_hi, v_hi,
+            stride_k, stride_v, i_image, i_head, i_tail, keys, scale, D, LO, HI, BLOCK_N, TMA, NEGATED, True,
         )  # fmt: skip
     factor = (-scale if NEGATED else scale) * _LN_2
     store_rows(p_dq + i_dense, stride_out, rows, b_dq_lo * factor, 0, 0, D, BLOCK_M, LO)
     if HI:
-        store_rows(p_dq + i_dense, stride_out, rows, b_dq_hi * factor, D - HI, LO, D, BLOCK_M, HI)
+        store_rows(p_dq + i_dense, stride_out, rows, b_dq_hi * factor, HI_COL, LO, D, BLOCK_M, HI)
 
 
 @triton.jit
@@ -164,12 +175,16 @@ def _by_key(
     b_k_hi,
     b_v_lo,
     b_v_hi,
-    p_q,
-    p_grad,
+    q,
+    grad,
+    q_hi,
+    grad_hi,
     p_lse,
     p_delta,
     stride_q,
     stride_out,
+    i_batch,
+    i_head,
     i_query,
     queries,
     scale,
@@ -177,24 +192,24 @@ def _by_key(
     LO: tl.constexpr,
     HI: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    TMA: tl.constexpr,
     NEGATED: tl.constexpr,
     MASKED: tl.constexpr,
 ):
     """What one block of queries adds to the gradients by k and v."""
-    rows = queries - i_query
-    p_q += tl.cast(i_query, tl.int64) * stride_q
-    p_grad += tl.cast(i_query, tl.int64) * stride_out
     o_row = i_query + tl.arange(0, BLOCK_M)
     # exp2(-inf) = 0: queries behind the last count for nothing
     b_lse = tl.load(p_lse + o_row, mask=o_row < queries, other=float("inf")) * _LOG2_E
     b_delta = tl.load(p_delta + o_row, mask=o_row < queries, other=0)
-    b_q_lo = load_rows(p_q, stride_q, rows, 0, 0, D, BLOCK_M, LO, MASKED)
-    b_do_lo = load_rows(p_grad, stride_out, rows, 0, 0, D, BLOCK_M, LO, MASKED)
+    b_q_lo, b_q_hi = stream_rows(
+        q, q_hi, stride_q, i_batch, i_head, i_query, queries, D, LO, HI, BLOCK_M, TMA, MASKED
+    )  # fmt: skip
+    b_do_lo, b_do_hi = stream_rows(
+        grad, grad_hi, stride_out, i_batch, i_head, i_query, queries, D, LO, HI, BLOCK_M, TMA, MASKED
+    )  # fmt: skip
     b_s = tl.dot(b_k_lo, b_q_lo.T, input_precision="ieee")  # [BN, BM]
     b_dp = tl.dot(b_v_lo, b_do_lo.T, input_precision="ieee")  # [BN, BM]
     if HI:
-        b_q_hi = load_rows(p_q, stride_q, rows, D - HI, 0, D, BLOCK_M, HI, MASKED)
-        b_do_hi = load_rows(p_grad, stride_out, rows, D - HI, 0, D, BLOCK_M, HI, MASKED)
         b_s = tl.dot(b_k_hi, b_q_hi.T, b_s, input_precision="ieee")
         b_dp = tl.dot(b_v_hi, b_do_hi.T, b_dp, input_precision="ieee")
     if NEGATED:
@@ -212,8 +227,10 @@ def _by_key(
 
 @triton.jit
 def attention_bwd_dkv_kernel(
-    p_grad,
-    p_q,
+    grad,
+    q,
+    grad_hi,
+    q_hi,
     p_k,
     p_v,
     p_lse,
@@ -243,8 +260,10 @@ def attention_bwd_dkv_kernel(
     NEGATED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    TMA: tl.constexpr,
 ):
-    """grad (dense), q, k, v, lse, delta -> dk and dv, dense. Grid: blocks of keys, heads, images."""
+    """grad (dense), q, k, v, lse, delta -> dk and dv, dense. Grid: blocks of keys, heads, images. With TMA, grad and q
+    are descriptors as the forward's k and v."""
     i_program = tl.program_id(0)
     i_key = i_program % blocks * BLOCK_N
     i_head = i_program // blocks % heads
@@ -264,12 +283,15 @@ def attention_bwd_dkv_kernel(
     b_dv_lo = tl.zeros([BLOCK_N, LO], tl.float32)
     b_k_hi, b_v_hi, b_dk_hi, b_dv_hi = b_k_lo, b_v_lo, b_dk_lo, b_dv_lo
     if HI:
-        b_k_hi = load_rows(p_k_rows, stride_k, rows, D - HI, LO, D, BLOCK_N, HI, True)
-        b_v_hi = load_rows(p_v_rows, stride_v, rows, D - HI, LO, D, BLOCK_N, HI, True)
+        HI_COL: tl.constexpr = LO if TMA else D - HI
+        b_k_hi = load_rows(p_k_rows, stride_k, rows, HI_COL, LO, D, BLOCK_N, HI, True)
+        b_v_hi = load_rows(p_v_rows, stride_v, rows, HI_COL, LO, D, BLOCK_N, HI, True)
         b_dk_hi = tl.zeros([BLOCK_N, HI], tl.float32)
         b_dv_hi = tl.zeros([BLOCK_N, HI], tl.float32)
-    p_q += i_batch * stride_qb + start * stride_q + i_head * STRIDE_QH
-    p_grad += i_first
+    if not TMA:
+        q += i_batch * stride_qb + start * stride_q + i_head * STRIDE_QH
+        grad += i_first
+    i_image = i_batch.to(tl.int32)
     i_statistics = (i_batch * heads * (not PACKED) + i_head) * tokens + start
     p_lse += i_statistics
     p_delta += i_statistics
@@ -278,20 +300,22 @@ def attention_bwd_dkv_kernel(
     whole = queries // BLOCK_M * BLOCK_M if SPLIT_TAIL else 0
     for i_query in range(0, whole, BLOCK_M):
         b_dk_lo, b_dk_hi, b_dv_lo, b_dv_hi = _by_key(
-            b_dk_lo, b_dk_hi, b_dv_lo, b_dv_hi, b_k_lo, b_k_hi, b_v_lo, b_v_hi, p_q, p_grad, p_lse, p_delta,
-            stride_q, stride_out, i_query, queries, scale, D, LO, HI, BLOCK_M, NEGATED, False,
+            b_dk_lo, b_dk_hi, b_dv_lo, b_dv_hi, b_k_lo, b_k_hi, b_v_lo, b_v_hi, q, grad, q_hi, grad_hi,
+            p_lse, p_delta, stride_q, stride_out, i_image, i_head, i_query, queries, scale, D, LO, HI, BLOCK_M, TMA,
+            NEGATED, False,
         )  # fmt: skip
     for i_tail in tl.range(whole, queries, BLOCK_M, num_stages=1 if SPLIT_TAIL else None):
         b_dk_lo, b_dk_hi, b_dv_lo, b_dv_hi = _by_key(
-            b_dk_lo, b_dk_hi, b_dv_lo, b_dv_hi, b_k_lo, b_k_hi, b_v_lo, b_v_hi, p_q, p_grad, p_lse, p_delta,
-            stride_q, stride_out, i_tail, queries, scale, D, LO, HI, BLOCK_M, NEGATED, True,
+            b_dk_lo, b_dk_hi, b_dv_lo, b_dv_hi, b_k_lo, b_k_hi, b_v_lo, b_v_hi, q, grad, q_hi, grad_hi,
+            p_lse, p_delta, stride_q, stride_out, i_image, i_head, i_tail, queries, scale, D, LO, HI, BLOCK_M, TMA,
+            NEGATED, True,
         )  # fmt: skip
     factor = (-scale if NEGATED else scale) * _LN_2
     store_rows(p_dk + i_dense, stride_out, rows, b_dk_lo * factor, 0, 0, D, BLOCK_N, LO)
     store_rows(p_dv + i_dense, stride_out, rows, b_dv_lo, 0, 0, D, BLOCK_N, LO)
     if HI:
-        store_rows(p_dk + i_dense, stride_out, rows, b_dk_hi * factor, D - HI, LO, D, BLOCK_N, HI)
-        store_rows(p_dv + i_dense, stride_out, rows, b_dv_hi, D - HI, LO, D, BLOCK_N, HI)
+        store_rows(p_dk + i_dense, stride_out, rows, b_dk_hi * factor, HI_COL, LO, D, BLOCK_N, HI)
+        store_rows(p_dv + i_dense, stride_out, rows, b_dv_hi, HI_COL, LO, D, BLOCK_N, HI)
 
 
 def attention_bwd(
@@ -312,14 +336,20 @@ def attention_bwd(
     # gradients of sums have strides of zero
     grad, delta = grad.contiguous(), lse.new_empty(lse.shape)
     segments = None if cu_seqlens is None else len(cu_seqlens) - 1
-    geometry = (q.shape, (q.stride(), k.stride(), v.stride()), q.dtype, q.device, scale, segments, max_seqlen, False)
+    geometry = (q.shape, (q.stride(), k.stride(), v.stride()), q.dtype, q.device, scale, segments, max_seqlen)
+
     # by q first: it leaves delta for the other
-    for kernel, block, tensors in (
-        (attention_bwd_dq_kernel, "BLOCK_M", (grad, q, k, v, out, lse, cu_seqlens, dq, delta)),
-        (attention_bwd_dkv_kernel, "BLOCK_N", (grad, q, k, v, lse, delta, cu_seqlens, dk, dv)),
-    ):
-        how = plan(kernel.__name__, block, *geometry)
-        start(Launch(kernel, how.grid, (*tensors, *how.sizes), how.constants, how.options))
+    streamed, aligned = (k.stride(), v.stride()), (k.data_ptr() | v.data_ptr()) % 16 == 0
+    how = plan("attention_bwd_dq_kernel", "BLOCK_M", *geometry, streamed, aligned)
+    (k_lo, k_hi), (v_lo, v_hi) = how.descriptors(k), how.descriptors(v)
+    args = (grad, q, k_lo, v_lo, k_hi, v_hi, out, lse, cu_seqlens, dq, delta, *how.sizes)
+    start(Launch(attention_bwd_dq_kernel, how.grid, args, how.constants, how.options))
+
+    streamed, aligned = (grad.stride(), q.stride()), (grad.data_ptr() | q.data_ptr()) % 16 == 0
+    how = plan("attention_bwd_dkv_kernel", "BLOCK_N", *geometry, streamed, aligned)
+    (grad_lo, grad_hi), (q_lo, q_hi) = how.descriptors(grad), how.descriptors(q)
+    args = (grad_lo, q_lo, grad_hi, q_hi, k, v, lse, delta, cu_seqlens, dk, dv, *how.sizes)
+    start(Launch(attention_bwd_dkv_kernel, how.grid, args, how.constants, how.options))
     return dq, dk, dv
 
 

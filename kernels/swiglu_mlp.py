@@ -1,29 +1,150 @@
-"""SwiGLU's elementwise half between two library matrix products: hidden = silu(gate) * value, and its gradient.
+"""SwiGLU's first product with both halves of its gate in the epilogue: hidden = silu(x Wg^T + bg) * (x Wv^T + bv), and
+the elementwise kernels between library products. Shazeer (2020), eq. 6.
 
-Reads [value | gate] rows once; the halves are never stored apart. Per output element the forward moves 3
-elements and the backward 6, against 5 and 12 in eager torch. Shazeer (2020), eq. 6.
+Writing [value | gate] and reading it again takes 6 bytes for each byte of `hidden`; here the halves never leave the
+registers. Where the fused product is not used, `silu_mul_fwd_kernel` reads the halves once.
 """
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ._interpreter import mend
+from ._launch import Kernel, Launch, launch, planned, select, select_for, split, start
 
 mend()
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-# bandwidth-bound: 1024 elements a program keep eight 16-byte loads of each stream in flight per warp
-_BLOCK, _WARPS = 1024, 4
+# with fewer rows than half a tile, the product is a reading of the weights, which libraries split along C as well; in
+# float32 it would have to be made without tensor cores, as their tf32 is not float32
+FEWEST_ROWS = 64
+_PRODUCT_DTYPES = (torch.bfloat16, torch.float16)
 
 
 @triton.jit
-def swiglu_mlp_fwd_kernel(p_up, p_out, cols, stride_up, BLOCK: tl.constexpr):
-    """up [rows, 2 * cols] of row stride stride_up -> out [rows, cols], dense. Grid: (rows, blocks of columns)."""
-    i_row = tl.program_id(0).to(tl.int64)
-    o_col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
+def _load_rows(p_rows, o_row, stride, i_col, cols, WIDTH: tl.constexpr, EVEN: tl.constexpr):
+    """WIDTH columns from i_col on of the rows o_row, with zeros behind `cols` unless EVEN says that there are none."""
+    o_col = i_col + tl.arange(0, WIDTH)[None, :]
+    p_tile = p_rows + o_row.to(tl.int64)[:, None] * stride + o_col
+    if EVEN:
+        return tl.load(p_tile)
+    else:
+        return tl.load(p_tile, mask=(o_col < cols) & (o_row >= 0)[:, None], other=0)
+
+
+@triton.jit
+def _hidden_tile(
+    x,
+    w_up,
+    p_bias,
+    hidden,
+    i_tile,
+    rows,
+    channels,
+    features,
+    stride_x,
+    STRIDE_W: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    TMA: tl.constexpr,
+):
+    """Tile number i_tile of `hidden`; GROUP_M tiles of rows take turns at the same weights, which stay in the cache."""
+    row_tiles = tl.cdiv(rows, BLOCK_M)
+    group = GROUP_M * tl.cdiv(features, BLOCK_N)
+    i_first = i_tile // group * GROUP_M
+    group_rows = tl.minimum(row_tiles - i_first, GROUP_M)
+    i_row = (i_first + i_tile % group % group_rows) * BLOCK_M
+    i_col = i_tile % group // group_rows * BLOCK_N
+    o_row = i_row + tl.arange(0, BLOCK_M)
+    o_col = i_col + tl.arange(0, BLOCK_N)
+    # rows and columns behind the last repeat it, and are not stored
+    o_x = tl.minimum(o_row, rows - 1)
+    o_half = tl.arange(0, 2 * BLOCK_N)
+    o_w = tl.minimum(i_col + o_half % BLOCK_N, features - 1) + o_half // BLOCK_N * features
+    # value and gate side by side, so that one matrix instruction is as wide as the hardware has it
+    b_acc = tl.zeros([BLOCK_M, 2 * BLOCK_N], tl.float32)
+    for i_k in range(0, channels, BLOCK_K):
+        if TMA:
+            b_x = x.load([i_row, i_k])
+            b_w = w_up.load([0, i_col, i_k]).reshape(2 * BLOCK_N, BLOCK_K)
+        else:
+            b_x = _load_rows(x, o_x, stride_x, i_k, channels, BLOCK_K, EVEN_K)
+            b_w = _load_rows(w_up, o_w, STRIDE_W, i_k, channels, BLOCK_K, EVEN_K)
+        b_acc = tl.dot(b_x, b_w.T, b_acc)
+    b_value, b_gate = b_acc.reshape(BLOCK_M, 2, BLOCK_N).permute(0, 2, 1).split()  # [BM, BN] each
+    if p_bias is not None:
+        m_col = o_col < features
+        b_value += tl.load(p_bias + o_col, mask=m_col, other=0).to(tl.float32)[None, :]
+        b_gate += tl.load(p_bias + features + o_col, mask=m_col, other=0).to(tl.float32)[None, :]
+    # rounded to the tensor's dtype before the product, as eager torch does
+    b_silu = (b_gate / (1 + tl.exp(-b_gate))).to(b_x.dtype).to(tl.float32)
+    b_hidden = (b_silu * b_value).to(b_x.dtype)
+    if TMA:
+        hidden.store([i_row, i_col], b_hidden)
+    else:
+        p_tile = hidden + o_row.to(tl.int64)[:, None] * features + o_col[None, :]
+        tl.store(p_tile, b_hidden, mask=(o_row < rows)[:, None] & (o_col < features)[None, :])
+
+
+@triton.jit
+def swiglu_mlp_fwd_kernel(
+    x,
+    w_up,
+    p_bias,
+    hidden,
+    rows,
+    channels,
+    features,
+    stride_x,
+    STRIDE_W: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    TMA: tl.constexpr,
+    PERSISTENT: tl.constexpr,
+):
+    """x [rows, channels] and w_up [2 * features, channels] = [value | gate], of row strides stride_x and STRIDE_W, and
+    p_bias [2 * features] or None -> hidden [rows, features], dense.
+
+    With TMA, x and hidden are descriptors of their shapes and w_up one of [2, features, channels], in blocks of both
+    halves; else pointers. Grid: tiles of `hidden`, or with PERSISTENT fewer programs that go through them, the copies
+    for a tile begun while the one before it is finished.
+
+    FLOPs: 4 * rows * channels * features. Least bytes: x, w_up and hidden once.
+    """
+    if PERSISTENT:
+        tiles = tl.cdiv(rows, BLOCK_M) * tl.cdiv(features, BLOCK_N)
+        for i_tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
+            _hidden_tile(
+                x, w_up, p_bias, hidden, i_tile, rows, channels, features, stride_x, STRIDE_W, BLOCK_M, BLOCK_N,
+                BLOCK_K, GROUP_M, EVEN_K, TMA,
+            )  # fmt: skip
+    else:
+        _hidden_tile(
+            x, w_up, p_bias, hidden, tl.program_id(0), rows, channels, features, stride_x, STRIDE_W, BLOCK_M, BLOCK_N,
+            BLOCK_K, GROUP_M, EVEN_K, TMA,
+        )  # fmt: skip
+
+
+@triton.jit
+def silu_mul_fwd_kernel(p_up, p_out, cols, blocks, stride_up, BLOCK: tl.constexpr):
+    """up [rows, 2 * cols] = [value | gate] of row stride stride_up -> silu(gate) * value [rows, cols], dense.
+
+    Grid: blocks of columns, fastest, then rows. FLOPs: 5 an element of the result. Bytes: 3 elements each.
+    """
+    i_row = (tl.program_id(0) // blocks).to(tl.int64)
+    o_col = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
     m_col = o_col < cols
     p_row = p_up + i_row * stride_up
     b_value = tl.load(p_row + o_col, mask=m_col, other=0).to(tl.float32)
@@ -34,10 +155,13 @@ def swiglu_mlp_fwd_kernel(p_up, p_out, cols, stride_up, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def swiglu_mlp_bwd_kernel(p_grad, p_up, p_grad_up, p_hidden, cols, stride_up, BLOCK: tl.constexpr):
-    """grad [rows, cols] and up as above -> grad_up [rows, 2 * cols] and the forward's result again, dense."""
-    i_row = tl.program_id(0).to(tl.int64)
-    o_col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
+def swiglu_mlp_bwd_kernel(p_grad, p_up, p_grad_up, p_hidden, cols, blocks, stride_up, BLOCK: tl.constexpr):
+    """grad [rows, cols] and up as above -> grad_up [rows, 2 * cols] and the forward's result again, dense.
+
+    Grid: blocks of columns, fastest, then rows. FLOPs: 14 an element of grad. Bytes: 6 elements each.
+    """
+    i_row = (tl.program_id(0) // blocks).to(tl.int64)
+    o_col = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
     m_col = o_col < cols
     p_row = p_up + i_row * stride_up
     b_value = tl.load(p_row + o_col, mask=m_col, other=0).to(tl.float32)
@@ -52,14 +176,98 @@ def swiglu_mlp_bwd_kernel(p_grad, p_up, p_grad_up, p_hidden, cols, stride_up, BL
     tl.store(p_hidden + i_row * cols + o_col, (b_silu * b_value).to(p_hidden.dtype.element_ty), mask=m_col)
 
 
+class _Plan(NamedTuple):
+    """All of a launch but its tensors; the fields of descriptors of x, w_up and hidden, where it takes any."""
+
+    grid: tuple[int]
+    constants: dict[str, Any]
+    options: dict[str, Any]
+    descriptors: tuple[dict[str, Any], ...]
+
+
+class _Aligned(NamedTuple):
+    """In place of a tensor whose address has been seen to."""
+
+    dtype: torch.dtype
+
+    def data_ptr(self) -> int:
+        return 0
+
+
+@planned
+def _plan(
+    rows: int,
+    channels: int,
+    features: int,
+    stride_x: int,
+    stride_w: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    aligned: bool,
+) -> _Plan:
+    size = dtype.itemsize
+    tma = aligned and all(stride * size % 16 == 0 for stride in (stride_x, stride_w, features))
+    shape = {"rows": rows, "channels": channels, "features": features}
+    config = select_for("swiglu_mlp_fwd_kernel", dtype, device, tma, **shape)
+    block_m, block_n, block_k = (config[key] for key in ("BLOCK_M", "BLOCK_N", "BLOCK_K"))
+    tiles = triton.cdiv(rows, block_m) * triton.cdiv(features, block_n)
+    blocks: tuple[tuple[list[int], list[int], list[int]], ...] = ()
+    if config["TMA"]:
+        blocks = (
+            ([rows, channels], [stride_x, 1], [block_m, block_k]),
+            ([2, features, channels], [features * stride_w, stride_w, 1], [2, block_n, block_k]),
+            ([rows, features], [features, 1], [block_m, block_n]),
+        )
+    return _Plan(
+        (min(tiles, _multiprocessors(device)) if config["PERSISTENT"] else tiles,),
+        *split(config, {"STRIDE_W": stride_w, "EVEN_K": channels % block_k == 0}),
+        # a descriptor checks its fields each time one is made, a third of a call's time; these are made once
+        tuple(vars(TensorDescriptor(_Aligned(dtype), *fields)) for fields in blocks),
+    )
+
+
+def _multiprocessors(device: torch.device) -> int:
+    # an H200's, where there is none
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
+
+
+def _descriptor(fields: dict[str, Any], tensor: Tensor) -> TensorDescriptor:
+    view = TensorDescriptor.__new__(TensorDescriptor)
+    view.__dict__.update(fields, base=tensor)
+    return view
+
+
+def takes(rows: Tensor, w_up: Tensor) -> bool:
+    """Whether the fused product is for rows [M, C] and w_up [2F, C]."""
+    return len(rows) >= FEWEST_ROWS and rows.dtype in _PRODUCT_DTYPES and w_up.numel() > 0 and w_up.stride(1) == 1
+
+
+def swiglu_mlp_fwd(x: Tensor, w_up: Tensor, b_up: Tensor | None) -> Tensor:
+    """hidden [M, F], dense, of x [M, C], w_up [2F, C] of unit last stride, and b_up [2F] or None."""
+    x = x if x.stride(1) == 1 else x.contiguous()
+    rows, channels = x.shape
+    features = len(w_up) // 2
+    hidden = x.new_empty(rows, features)
+    aligned = (x.data_ptr() | w_up.data_ptr()) % 16 == 0
+    sizes = (rows, channels, features, x.stride(0))
+    how = _plan(*sizes, w_up.stride(0), x.dtype, x.device, aligned)
+    tensors = (x, w_up, hidden)
+    if how.descriptors:
+        tensors = tuple(_descriptor(fields, tensor) for fields, tensor in zip(how.descriptors, tensors, strict=True))
+    args = (*tensors[:2], None if b_up is None else b_up.contiguous(), tensors[2], *sizes)
+    start(Launch(swiglu_mlp_fwd_kernel, how.grid, args, how.constants, how.options))
+    return hidden
+
+
 def silu_mul(up: Tensor) -> Tensor:
     """[..., 2F] = [value | gate] -> silu(gate) * value, [..., F], dense."""
     rows = up.reshape(-1, up.shape[-1])
     cols = up.shape[-1] // 2
     out = up.new_empty((*up.shape[:-1], cols))
     if out.numel():
-        grid = (len(rows), triton.cdiv(cols, _BLOCK))
-        swiglu_mlp_fwd_kernel[grid](rows, out, cols, rows.stride(0), BLOCK=_BLOCK, num_warps=_WARPS)
+        config = select("silu_mul_fwd_kernel", up, rows=len(rows), features=cols)
+        blocks = triton.cdiv(cols, config["BLOCK"])
+        launch(silu_mul_fwd_kernel, (len(rows) * blocks,), (rows, out, cols, blocks, rows.stride(0)), config)
     return out
 
 
@@ -69,6 +277,91 @@ def silu_mul_bwd(grad: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     rows, cols = grad.shape
     grad_up, hidden = grad.new_empty(rows, 2 * cols), torch.empty_like(grad)
     if hidden.numel():
-        grid = (rows, triton.cdiv(cols, _BLOCK))
-        swiglu_mlp_bwd_kernel[grid](grad, up, grad_up, hidden, cols, up.stride(0), BLOCK=_BLOCK, num_warps=_WARPS)
+        config = select("swiglu_mlp_bwd_kernel", grad, rows=rows, features=cols)
+        blocks = triton.cdiv(cols, config["BLOCK"])
+        args = (grad, up, grad_up, hidden, cols, blocks, up.stride(0))
+        launch(swiglu_mlp_bwd_kernel, (rows * blocks,), args, config)
     return grad_up, hidden
+
+
+def _product_example(
+    dtype: torch.dtype, device: str, rows: int, channels: int, features: int, bias: bool = False
+) -> Callable[[], Tensor]:
+    x = torch.randn(rows, channels, dtype=dtype, device=device)
+    w_up = torch.randn(2 * features, channels, dtype=dtype, device=device) * channels**-0.5
+    b_up = torch.randn(2 * features, dtype=dtype, device=device) if bias else None
+    return lambda: swiglu_mlp_fwd(x, w_up, b_up)
+
+
+def _product_cost(size: int, rows: int, channels: int, features: int) -> tuple[float, float]:
+    return 4 * rows * channels * features, (rows * (channels + features) + 2 * channels * features) * size
+
+
+def _forward_example(dtype: torch.dtype, device: str, rows: int, features: int) -> Callable[[], Tensor]:
+    up = torch.randn(rows, 2 * features, dtype=dtype, device=device)
+    return lambda: silu_mul(up)
+
+
+def _backward_example(dtype: torch.dtype, device: str, rows: int, features: int) -> Callable[[], tuple[Tensor, Tensor]]:
+    up, grad = (torch.randn(rows, cols, dtype=dtype, device=device) for cols in (2 * features, features))
+    return lambda: silu_mul_bwd(grad, up)
+
+
+def _elementwise(
+    function: Any, example: Callable[..., Any], flops: int, elements: int, rows: tuple[int, ...]
+) -> Kernel:
+    def cost(size: int, rows: int, features: int) -> tuple[float, float]:
+        return flops * rows * features, elements * rows * features * size
+
+    shape, *shapes = ({"rows": count, "features": 6144} for count in rows)
+    return Kernel(
+        function,
+        example,
+        shape,
+        cost,
+        tuple({"BLOCK": block, "num_warps": warps} for block in (512, 1024, 2048, 4096) for warps in (2, 4, 8)),
+        shapes=tuple(shapes),
+    )
+
+
+KERNELS = (
+    Kernel(
+        swiglu_mlp_fwd_kernel,
+        _product_example,
+        {"rows": 2548, "channels": 1152, "features": 6144},
+        _product_cost,
+        tuple(
+            {
+                "BLOCK_M": m,
+                "BLOCK_N": n,
+                "BLOCK_K": k,
+                "GROUP_M": group,
+                "TMA": tma,
+                "PERSISTENT": persistent,
+                "num_warps": warps,
+                "num_stages": stages,
+                **limit,
+            }
+            for m, n, k, warps, stages, group, tma, persistent, limit in (
+                (128, 128, 64, 8, 4, 8, True, False, {}),
+                (128, 128, 64, 8, 3, 8, True, False, {}),
+                (128, 128, 64, 8, 4, 4, True, False, {}),
+                (128, 128, 64, 8, 4, 16, True, False, {}),
+                (128, 128, 64, 8, 4, 8, True, True, {}),
+                (128, 128, 64, 8, 3, 8, True, True, {}),
+                (128, 64, 64, 8, 3, 8, True, False, {"maxnreg": 128}),
+                (128, 64, 64, 4, 3, 8, True, False, {}),
+                (64, 128, 64, 4, 4, 8, True, False, {}),
+                (64, 64, 64, 4, 4, 8, True, False, {}),
+                (128, 128, 64, 8, 3, 8, False, False, {}),
+                (128, 128, 32, 8, 4, 8, False, False, {}),
+                (128, 64, 32, 4, 4, 8, False, False, {}),
+                (64, 128, 32, 4, 4, 8, False, False, {}),
+            )
+        ),
+        shapes=({"rows": 196, "channels": 1152, "features": 6144},),
+        variants=({}, {"bias": True}),
+    ),
+    _elementwise(silu_mul_fwd_kernel, _forward_example, 5, 3, (2548, 16)),
+    _elementwise(swiglu_mlp_bwd_kernel, _backward_example, 14, 6, (2548,)),
+)

@@ -27,8 +27,8 @@ def triton_backend():
 def variant(request):
     with (
         _launch.forced("attention_fwd_kernel", VARIANTS[request.param]),
-        _launch.forced("attention_bwd_dq_kernel", SMALL),
-        _launch.forced("attention_bwd_dkv_kernel", SMALL),
+        _launch.forced("attention_bwd_dq_kernel", VARIANTS[request.param]),
+        _launch.forced("attention_bwd_dkv_kernel", VARIANTS[request.param]),
     ):
         yield request.param
 

@@ -34,7 +34,7 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def _floors(name: str | None) -> Table:
-    """The least time that each kernel's work takes on an H200, by arithmetic: a kernel cannot beat the longer of two."""
+    """The least time of each kernel's work on an H200, by arithmetic: no kernel beats the longer of the two."""
     table = Table(
         title=f"Floors on an H200, bfloat16, 13 crops: {_MATMUL_TFLOPS} TFLOP/s of matrix products, {_COPY_TB} TB/s",
         title_justify="left",

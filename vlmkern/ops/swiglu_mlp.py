@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from types import ModuleType
 from typing import Any
 
 from torch import Tensor
 
-from .._backends import BackendUnavailable
 from ..reference import swiglu_mlp as reference
 from . import _checks, _library
 
@@ -79,22 +77,6 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return tuple(next(grads) if want else None for want in wanted)
 
 
-def _triton(*args: Any) -> Tensor:
-    return reference.swiglu_mlp(*args, silu_mul=_triton_kernels(args[0]).silu_mul)
-
-
-def _triton_bwd(*args: Any) -> list[Tensor]:
-    return reference.swiglu_mlp_bwd(*args, silu_mul_bwd=_triton_kernels(args[0]).silu_mul_bwd)
-
-
-def _triton_kernels(x: Tensor) -> ModuleType:
-    from ..kernels import swiglu_mlp as kernels
-
-    if x.dtype not in kernels.DTYPES:
-        raise BackendUnavailable(f"backend 'triton' has no swiglu_mlp kernel for {x.dtype}")
-    return kernels
-
-
 _op = _library.define(
     "swiglu_mlp",
     "(Tensor x, Tensor w_up, Tensor w_down, Tensor? b_up, Tensor? b_down) -> Tensor",
@@ -103,7 +85,7 @@ _op = _library.define(
     implementations={
         "reference": reference.swiglu_mlp,
         "native": _library.lazy("native.swiglu_mlp", "swiglu_mlp"),
-        "triton": _triton,
+        "triton": _library.lazy("gpu.swiglu_mlp", "swiglu_mlp"),
     },
 )
 _op_bwd = _library.define(
@@ -113,7 +95,7 @@ _op_bwd = _library.define(
     implementations={
         "reference": reference.swiglu_mlp_bwd,
         "native": _library.lazy("native.swiglu_mlp", "swiglu_mlp_bwd"),
-        "triton": _triton_bwd,
+        "triton": _library.lazy("gpu.swiglu_mlp", "swiglu_mlp_bwd"),
     },
 )
 _library.differentiable(_op, setup_context=_setup_context, backward=_backward)
