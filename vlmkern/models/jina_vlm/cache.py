@@ -54,19 +54,19 @@ class KVCache:
         """Tokens stored so far without padding, [B]."""
         return self._mask[:, : self.length].sum(1)
 
-    def begin(self, mask: Tensor) -> None:
-        """Makes room for the tokens of `mask` [B, S] (true where real); `update` then fills each layer.
+    def begin(self, batch: int, tokens: int, mask: Tensor | None = None) -> None:
+        """Makes room for S = `tokens` tokens of each sequence, which `update` then fills in, layer by layer; `mask`
+        [B, S] is true where they are real, None if all are.
 
         Raises:
             ValueError: another batch size, or more tokens than there is room for.
         """
-        batch, tokens = mask.shape
         if batch != self.batch:
             raise ValueError(f"input_ids: got a batch of {batch}, expected {self.batch} as in the cache")
         if self.length + tokens > self.max_len:
             raise ValueError(f"cache: got {self.length} + {tokens} tokens, expected at most max_len = {self.max_len}")
-        self._mask[:, self.length : self.length + tokens] = mask
-        self._padded = self._padded or not bool(mask.all())
+        self._mask[:, self.length : self.length + tokens] = True if mask is None else mask
+        self._padded = self._padded or not (mask is None or bool(mask.all()))
         self.length += tokens
 
     def update(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:

@@ -142,18 +142,21 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(DecoderBlock(config, layer) for layer in range(config.num_layers))
         self.ln_f = RMSNorm(config.hidden_size, config.norm_eps)
 
-    def forward(self, embeds: Tensor, mask: Tensor, cache: KVCache | None = None) -> Tensor:
-        """embeds [B, S, C] and mask [B, S] (true where real) -> [B, S, C]. With a cache, the tokens follow
-        those in it. Positions count real tokens; padding takes part in nothing."""
-        if cache is None:
-            past, key_mask = 0, None if bool(mask.all()) else mask
-            positions = token_positions(mask)
-        else:
-            past = cache.length
-            positions = token_positions(mask, cache.real_tokens)
-            cache.begin(mask)
+    def forward(self, embeds: Tensor, mask: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+        """embeds [B, S, C] and mask [B, S] (true where real; None if all are) -> [B, S, C]. With a cache, the tokens
+        follow those in it. Positions count real tokens; padding takes part in nothing."""
+        batch, tokens = embeds.shape[:2]
+        if mask is not None and bool(mask.all()):
+            mask = None
+        past, key_mask, before = 0, mask, 0
+        if cache is not None:
+            past, before = cache.length, cache.real_tokens if cache.mask is not None else cache.length
+            cache.begin(batch, tokens, mask)
             key_mask = cache.mask
-        attention_mask = _attention_mask(mask.shape[1], past, key_mask, embeds.device)
+        if mask is None:
+            mask = torch.ones(batch, tokens, dtype=torch.bool, device=embeds.device)
+        positions = token_positions(mask, before)
+        attention_mask = _attention_mask(tokens, past, key_mask, embeds.device)
         rotary = rotary_tables(positions, self.config, embeds.dtype)
         x = embeds
         for block in self.layers:
