@@ -1,6 +1,7 @@
 """The paper's Table 1 under three conventions: as published, counted exactly, with the released token layout.
 
-Each figure comes from the formulas beside this file; nothing here runs the model.
+Each figure comes from the formulas beside this file, and, where the released model can be run for it, from a run that
+counts (`counting`).
 """
 
 from __future__ import annotations
@@ -26,12 +27,12 @@ _LABELS = {
 }
 
 
-def efficiency_rows(tiles: int = 12, sizes: f.Sizes | None = None) -> list[dict[str, Any]]:
+def efficiency_rows(tiles: int = 12, sizes: f.Sizes | None = None, *, measure: bool = True) -> list[dict[str, Any]]:
     """The efficiency figures for one image of ``tiles`` tiles and a thumbnail, without and with 2x2 pooling.
 
     Returns 12 dicts, conventions in the order of ``CONVENTIONS`` and inside each the ``QUANTITIES``, with the
     keys ``convention``, ``quantity``, ``unpooled``, ``pooled``, ``ratio`` (unpooled / pooled), ``source``
-    ("formula") and ``note``. Units: tokens, FLOPs (a multiply-add is two), bytes; values are not rounded.
+    and ``note``. Units: tokens, FLOPs (a multiply-add is two), bytes; values are not rounded.
 
     - *paper*: the published figures, with 182 tokens a crop; the prefill holds the decoder's linear layers
       and the connector, the total adds all tower blocks, and the KV cache repeats the printed GB.
@@ -40,12 +41,26 @@ def efficiency_rows(tiles: int = 12, sizes: f.Sizes | None = None) -> list[dict[
     - *released*: counted as *exact*, with the token layout of the released processor on the most square grid
       of ``tiles`` and with only those tower blocks that the connector reads.
 
+    ``source`` is "measured" where the released assembly was run for the figure (with ``measure``, and ``sizes`` left
+    out): FLOPs counted on the meta device, tokens planned by the processor, caches allocated. Else it is "formula":
+    the paper's figures, and totals of pooling 182 windows a crop, which no code does.
+
     ``sizes`` defaults to the released model. Raises ``ValueError`` if ``tiles`` is not an int of at least 1.
     Source: paper, Table 1.
     """
     f.validate_tiles(tiles)
-    sizes = f.Sizes() if sizes is None else sizes
-    return [*_paper(tiles, sizes), *_exact(tiles, sizes), *_released(tiles, sizes)]
+    released = f.Sizes() if sizes is None else sizes
+    rows = [*_paper(tiles, released), *_exact(tiles, released), *_released(tiles, released)]
+    if measure and sizes is None:
+        from .counting import measured_figures
+
+        measured = measured_figures(tiles)
+        for row in rows:
+            figures = measured.get((row["convention"], row["quantity"]))
+            if figures is not None:
+                unpooled, pooled = figures
+                row.update(unpooled=unpooled, pooled=pooled, ratio=unpooled / pooled, source="measured")
+    return rows
 
 
 def render(rows: Iterable[Mapping[str, Any]], title: str | None = None) -> Table:
