@@ -9,7 +9,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vlmkern.efficiency import CONVENTIONS, QUANTITIES, Sizes, efficiency_rows, formulas, render, token_layout
+from vlmkern.efficiency import (
+    CONVENTIONS,
+    QUANTITIES,
+    Sizes,
+    efficiency_rows,
+    formulas,
+    render,
+    render_sweep,
+    sweep_rows,
+    token_layout,
+)
 
 SIZES = Sizes()
 TILES = st.integers(min_value=1, max_value=60)
@@ -226,3 +236,18 @@ def test_formulas_need_neither_torch_nor_rich():
         "assert not {'torch', 'rich', 'numpy'} & (set(sys.modules) - before)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_sweep_repeats_the_rows_of_each_count():
+    rows = sweep_rows(13)
+    assert [row["tiles"] for row in rows] == [tiles for tiles in range(1, 14) for _ in QUANTITIES]
+    assert {key: value for key, value in rows[-5].items() if key != "tiles"} == efficiency_rows(12, measure=False)[11]
+    with pytest.raises(ValueError, match="at least 1"):
+        sweep_rows(0)
+
+
+def test_sweep_renders_a_line_for_each_count():
+    out = io.StringIO()
+    rich_console = pytest.importorskip("rich.console")
+    rich_console.Console(file=out, width=120).print(render_sweep(sweep_rows(3)))
+    assert "1,458 → 424" in out.getvalue() and "2,916 → 704" in out.getvalue()

@@ -88,6 +88,7 @@ def _parser() -> argparse.ArgumentParser:
 
     efficiency = add("efficiency", _efficiency, "The paper's efficiency table: as published, exact, and as released.")
     efficiency.add_argument("--tiles", type=_positive, default=12, metavar="N", help="default: 12")
+    efficiency.add_argument("--sweep", type=_positive, metavar="N", help="also the released figures of 1 to N tiles")
 
     aot = add("aot", _aot, "What every Triton kernel compiles to, for a GPU that need not be there.")
     aot.add_argument("--arch", type=int, choices=(80, 90, 100), help="compute capability (default: all)")
@@ -136,12 +137,17 @@ def _tokens(options: argparse.Namespace) -> dict[str, Any] | None:
 def _efficiency(options: argparse.Namespace) -> dict[str, Any] | None:
     from rich.console import Console
 
-    from ..efficiency import efficiency_rows, render
+    from ..efficiency import efficiency_rows, render, render_sweep, sweep_rows
 
-    rows = efficiency_rows(options.tiles)
+    report: dict[str, Any] = {"tiles": options.tiles, "rows": efficiency_rows(options.tiles)}
+    if options.sweep is not None:
+        report["sweep"] = sweep_rows(options.sweep)
     if not options.json:
-        Console().print(render(rows))
-    return {"tiles": options.tiles, "rows": rows}
+        console = Console()
+        console.print(render(report["rows"]))
+        if options.sweep is not None:
+            Console(width=max(120, console.width)).print(render_sweep(report["sweep"]))
+    return report
 
 
 def _aot(options: argparse.Namespace) -> list[dict[str, Any]]:

@@ -14,7 +14,7 @@ from . import formulas as f
 if TYPE_CHECKING:
     from rich.table import Table
 
-__all__ = ["CONVENTIONS", "QUANTITIES", "efficiency_rows", "render"]
+__all__ = ["CONVENTIONS", "QUANTITIES", "efficiency_rows", "render", "render_sweep", "sweep_rows"]
 
 CONVENTIONS = ("paper", "exact", "released")
 QUANTITIES = ("visual_tokens", "prefill_flops", "kv_cache_bytes", "total_flops")
@@ -110,6 +110,52 @@ def render(rows: Iterable[Mapping[str, Any]], title: str | None = None) -> Table
     if notes:
         table.caption = Text("\n".join(f"[{number}] {note}" for number, note in enumerate(notes, 1)))
     return table
+
+
+def sweep_rows(most: int, convention: str = "released") -> list[dict[str, Any]]:
+    """The rows of one convention for 1 to ``most`` tiles, by the formulas, each with its ``tiles``.
+
+    Raises ``ValueError`` if ``most`` is not an int of at least 1 or there is no such convention.
+    """
+    f.validate_tiles(most)
+    if convention not in CONVENTIONS:
+        raise ValueError(f"convention: got {convention!r}, expected one of {', '.join(CONVENTIONS)}")
+    return [
+        {"tiles": tiles, **row}
+        for tiles in range(1, most + 1)
+        for row in efficiency_rows(tiles, measure=False)
+        if row["convention"] == convention
+    ]
+
+
+def render_sweep(rows: Iterable[Mapping[str, Any]]) -> Table:
+    """A ``rich`` table of ``sweep_rows``, a line for each number of tiles."""
+    from rich import box
+    from rich.table import Table
+
+    by_tiles: dict[int, dict[str, Mapping[str, Any]]] = {}
+    for row in rows:
+        by_tiles.setdefault(row["tiles"], {})[row["quantity"]] = row
+    table = Table(title="By number of tiles: unpooled to pooled, as released", box=box.SIMPLE_HEAD)
+    table.add_column("tiles", justify="right")
+    for quantity in QUANTITIES:
+        table.add_column(_LABELS[quantity], justify="right", no_wrap=True)
+        table.add_column("ratio", justify="right")
+    for tiles, found in by_tiles.items():
+        cells = []
+        for quantity in QUANTITIES:
+            row = found[quantity]
+            cells += [_span(quantity, row["unpooled"], row["pooled"]), f"{row['ratio']:.2f}x"]
+        table.add_row(str(tiles), *cells)
+    return table
+
+
+def _span(quantity: str, unpooled: float, pooled: float) -> str:
+    if quantity.endswith("_flops"):
+        return f"{unpooled / 1e12:.2f} → {pooled / 1e12:.2f} T"
+    if quantity.endswith("_bytes"):
+        return f"{unpooled / 1e9:.3f} → {pooled / 1e9:.3f} GB"
+    return f"{unpooled:,} → {pooled:,}"
 
 
 def _paper(tiles: int, sizes: f.Sizes) -> list[dict[str, Any]]:
