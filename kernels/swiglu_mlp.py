@@ -50,6 +50,7 @@ def _hidden_tile(
     features,
     stride_x,
     STRIDE_W: tl.constexpr,
+    BIAS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -81,13 +82,14 @@ def _hidden_tile(
             b_w = _load_rows(w_up, o_w, STRIDE_W, i_k, channels, BLOCK_K, EVEN_K)
         b_acc = tl.dot(b_x, b_w.T, b_acc)
     b_value, b_gate = b_acc.reshape(BLOCK_M, 2, BLOCK_N).permute(0, 2, 1).split()  # [BM, BN] each
-    if p_bias is not None:
+    if BIAS:
         m_col = o_col < features
         b_value += tl.load(p_bias + o_col, mask=m_col, other=0).to(tl.float32)[None, :]
         b_gate += tl.load(p_bias + features + o_col, mask=m_col, other=0).to(tl.float32)[None, :]
     # rounded to the tensor's dtype before the product, as eager torch does
-    b_silu = (b_gate / (1 + tl.exp(-b_gate))).to(b_x.dtype).to(tl.float32)
-    b_hidden = (b_silu * b_value).to(b_x.dtype)
+    DTYPE: tl.constexpr = hidden.dtype if TMA else hidden.dtype.element_ty
+    b_silu = (b_gate / (1 + tl.exp(-b_gate))).to(DTYPE).to(tl.float32)
+    b_hidden = (b_silu * b_value).to(DTYPE)
     if TMA:
         hidden.store([i_row, i_col], b_hidden)
     else:
@@ -106,6 +108,7 @@ def swiglu_mlp_fwd_kernel(
     features,
     stride_x,
     STRIDE_W: tl.constexpr,
+    BIAS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -115,7 +118,7 @@ def swiglu_mlp_fwd_kernel(
     PERSISTENT: tl.constexpr,
 ):
     """x [rows, channels] and w_up [2 * features, channels] = [value | gate], of row strides stride_x and STRIDE_W, and
-    p_bias [2 * features] or None -> hidden [rows, features], dense.
+    with BIAS p_bias [2 * features] -> hidden [rows, features], dense.
 
     With TMA, x and hidden are descriptors of their shapes and w_up one of [2, features, channels], in blocks of both
     halves; else pointers. Grid: tiles of `hidden`, or with PERSISTENT fewer programs that go through them, the copies
@@ -127,13 +130,13 @@ def swiglu_mlp_fwd_kernel(
         tiles = tl.cdiv(rows, BLOCK_M) * tl.cdiv(features, BLOCK_N)
         for i_tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
             _hidden_tile(
-                x, w_up, p_bias, hidden, i_tile, rows, channels, features, stride_x, STRIDE_W, BLOCK_M, BLOCK_N,
+                x, w_up, p_bias, hidden, i_tile, rows, channels, features, stride_x, STRIDE_W, BIAS, BLOCK_M, BLOCK_N,
                 BLOCK_K, GROUP_M, EVEN_K, TMA,
             )  # fmt: skip
     else:
         _hidden_tile(
-            x, w_up, p_bias, hidden, tl.program_id(0), rows, channels, features, stride_x, STRIDE_W, BLOCK_M, BLOCK_N,
-            BLOCK_K, GROUP_M, EVEN_K, TMA,
+            x, w_up, p_bias, hidden, tl.program_id(0), rows, channels, features, stride_x, STRIDE_W, BIAS, BLOCK_M,
+            BLOCK_N, BLOCK_K, GROUP_M, EVEN_K, TMA,
         )  # fmt: skip
 
 
@@ -201,12 +204,15 @@ def _plan(
     features: int,
     stride_x: int,
     stride_w: int,
+    bias: bool,
     dtype: torch.dtype,
     device: torch.device,
     aligned: bool,
 ) -> _Plan:
     size = dtype.itemsize
     tma = aligned and all(stride * size % 16 == 0 for stride in (stride_x, stride_w, features))
+    # rows that overlap, or are one, are not for descriptors
+    tma = tma and min(stride_x, stride_w) >= channels
     shape = {"rows": rows, "channels": channels, "features": features}
     config = select_for("swiglu_mlp_fwd_kernel", dtype, device, tma, **shape)
     block_m, block_n, block_k = (config[key] for key in ("BLOCK_M", "BLOCK_N", "BLOCK_K"))
@@ -220,7 +226,7 @@ def _plan(
         )
     return _Plan(
         (min(tiles, _multiprocessors(device)) if config["PERSISTENT"] else tiles,),
-        *split(config, {"STRIDE_W": stride_w, "EVEN_K": channels % block_k == 0}),
+        *split(config, {"STRIDE_W": stride_w, "BIAS": bias, "EVEN_K": channels % block_k == 0}),
         # a descriptor checks its fields each time one is made, a third of a call's time; these are made once
         tuple(vars(TensorDescriptor(_Aligned(dtype), *fields)) for fields in blocks),
     )
@@ -250,11 +256,12 @@ def swiglu_mlp_fwd(x: Tensor, w_up: Tensor, b_up: Tensor | None) -> Tensor:
     hidden = x.new_empty(rows, features)
     aligned = (x.data_ptr() | w_up.data_ptr()) % 16 == 0
     sizes = (rows, channels, features, x.stride(0))
-    how = _plan(*sizes, w_up.stride(0), x.dtype, x.device, aligned)
+    how = _plan(*sizes, w_up.stride(0), b_up is not None, x.dtype, x.device, aligned)
     tensors = (x, w_up, hidden)
     if how.descriptors:
         tensors = tuple(_descriptor(fields, tensor) for fields, tensor in zip(how.descriptors, tensors, strict=True))
-    args = (*tensors[:2], None if b_up is None else b_up.contiguous(), tensors[2], *sizes)
+    # without a bias, any tensor in its place: `start` asks the first for its device
+    args = (*tensors[:2], hidden if b_up is None else b_up.contiguous(), tensors[2], *sizes)
     start(Launch(swiglu_mlp_fwd_kernel, how.grid, args, how.constants, how.options))
     return hidden
 
@@ -359,7 +366,7 @@ KERNELS = (
                 (64, 128, 32, 4, 4, 8, False, False, {}),
             )
         ),
-        shapes=({"rows": 196, "channels": 1152, "features": 6144},),
+        shapes=tuple({"rows": rows, "channels": 1152, "features": 6144} for rows in (196, 640, 8192)),
         variants=({}, {"bias": True}),
     ),
     _elementwise(silu_mul_fwd_kernel, _forward_example, 5, 3, (2548, 16)),

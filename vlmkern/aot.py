@@ -21,7 +21,16 @@ from typing import Any, NamedTuple
 from .kernels._interpreter import interpreting
 
 ARCHS = (80, 90, 100)
-MODULES = ("attention", "attention_bwd")
+MODULES = (
+    "attention",
+    "attention_bwd",
+    "attention_pool",
+    "attention_pool_absorbed",
+    "attention_pool_bwd",
+    "swiglu_mlp",
+    "linear",
+    "add_layer_norm",
+)
 
 # a streaming multiprocessor's shared memory in KiB, of which 1 goes to the system for every block
 _SHARED_KIB = {80: 164, 90: 228, 100: 228}

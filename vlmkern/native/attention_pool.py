@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .._backends import BackendUnavailable
-from ..reference.attention_pool import pad_rows, windows_per_tile
+from ..reference.attention_pool import pad_kind, windows_per_tile
 from . import dtype_code, extension, require_dtype
 from .derived import derived
 from .linear import linear_or_torch
@@ -45,7 +45,7 @@ def attention_pool(
         return first.new_empty((*shape, len(w_o)))
     w_k, w_v = w_kv.contiguous().split([len(w_q), w_o.shape[1]])
     b_v = None if b_kv is None else b_kv.contiguous()[len(w_q) :]
-    pad = None if mask is None else _pad_kind(mask)
+    pad = None if mask is None else pad_kind(mask)
     pad_embed = None if pad_embed is None else pad_embed.contiguous()
     keep = None if keep is None else keep.contiguous()
     threads = torch.get_num_threads()
@@ -114,12 +114,6 @@ def _folded(
         return (k.T @ q).to(dtype), score_bias, (o @ v).to(dtype), None if out_bias is None else out_bias.to(dtype)
 
     return derived("folded", tuple(t for t in (w_q, w_kv, w_o, b_q, b_kv, b_o) if t is not None), fold)
-
-
-def _pad_kind(mask: Tensor) -> Tensor:
-    """0, or 1 + the row of pad_embed that is added to a patch."""
-    zero, partial = pad_rows(mask)
-    return (zero.to(torch.uint8) + 2 * partial.to(torch.uint8)).contiguous()
 
 
 def _address(tensor: Tensor | None) -> int:

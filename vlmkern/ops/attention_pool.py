@@ -229,6 +229,7 @@ _op = _library.define(
     implementations={
         "reference": reference.attention_pool,
         "native": _library.lazy("native.attention_pool", "attention_pool"),
+        "triton": _library.lazy("gpu.attention_pool", "attention_pool"),
     },
 )
 _op_bwd = _library.define(
@@ -237,7 +238,10 @@ _op_bwd = _library.define(
     " int[] grid, int num_heads, int[] window, Tensor? pad_embed, Tensor? mask, Tensor? keep, bool[] wanted)"
     " -> Tensor[]",
     fake=_fake_bwd,
-    implementations={"reference": reference.attention_pool_bwd},
+    implementations={
+        "reference": reference.attention_pool_bwd,
+        "triton": _library.lazy("gpu.attention_pool", "attention_pool_bwd"),
+    },
 )
 _library.differentiable(_op, setup_context=_setup_context, backward=_backward)
 _library.not_differentiable(_op_bwd)

@@ -82,13 +82,17 @@ _op = _library.define(
     "(Tensor x, Tensor weight, Tensor? bias, str activation, Tensor? residual) -> Tensor",
     check=_check,
     fake=_fake,
-    implementations={"reference": reference.linear, "native": _library.lazy("native.linear", "linear")},
+    implementations={
+        "reference": reference.linear,
+        "native": _library.lazy("native.linear", "linear"),
+        "triton": _library.lazy("gpu.linear", "linear"),
+    },
 )
 _op_bwd = _library.define(
     "linear_bwd",
     "(Tensor grad, Tensor x, Tensor weight, Tensor? bias, str activation, bool[] wanted) -> Tensor[]",
     fake=_fake_bwd,
-    implementations={"reference": reference.linear_bwd},
+    implementations={"reference": reference.linear_bwd, "triton": _library.lazy("gpu.linear", "linear_bwd")},
 )
 _library.differentiable(_op, setup_context=_setup_context, backward=_backward)
 _library.not_differentiable(_op_bwd)

@@ -149,6 +149,12 @@ def pad_rows(mask: Tensor) -> tuple[Tensor, Tensor]:
     return mask == 0, (mask < 1) & (mask != 0)
 
 
+def pad_kind(mask: Tensor) -> Tensor:
+    """uint8 like `mask`, dense: 0, or 1 + the row of pad_embed that is added to a patch. What kernels take."""
+    zero, partial = pad_rows(mask)
+    return (zero.to(torch.uint8) + 2 * partial.to(torch.uint8)).contiguous()
+
+
 def _attend(x: Tensor, w_q: Tensor, b_q: Tensor | None, w_kv: Tensor, b_kv: Tensor | None, num_heads: int) -> _Attended:
     accumulator = torch.promote_types(x.dtype, torch.float32)
     kv = F.linear(x, w_kv, b_kv)

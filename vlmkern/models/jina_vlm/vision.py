@@ -48,8 +48,13 @@ class VisionBlock(nn.Module):
         self.ffn = VisionMLP(config)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.attn(self.attn_lnorm(x), residual=x)
-        return self.ffn(self.ffn_lnorm(x), residual=x)
+        if not x.is_cuda:
+            # on CPUs the product before adds the residual in its epilogue, which takes no pass of its own
+            x = self.attn(self.attn_lnorm(x), residual=x)
+            return self.ffn(self.ffn_lnorm(x), residual=x)
+        norm = self.ffn_lnorm
+        normed, x = ops.add_layer_norm(self.attn(self.attn_lnorm(x)), x, norm.weight, norm.bias, eps=norm.eps)
+        return self.ffn(normed, residual=x)
 
 
 class VisionModel(nn.Module):

@@ -1,0 +1,172 @@
+"""Attention pooling on GPUs: library products with the Triton kernels of `vlmkern.kernels.attention_pool` around them.
+
+The forms and what they cost are in that module; `vlmkern.reference.attention_pool` has the plain one.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .._backends import BackendUnavailable
+from ..kernels import attention_pool as kernels
+from ..kernels import attention_pool_bwd as kernels_bwd
+from ..kernels.attention_pool import Windows
+from ..kernels.attention_pool_absorbed import absorbed
+from ..reference.attention_pool import pad_kind, pad_rows, windows_per_tile
+
+# of an H200 in bfloat16, matrix products of random data and device-to-device copies; what counts is their quotient
+_FLOPS_PER_BYTE = 790 / 4.3
+# writing the kept slots side by side costs a tenth of what projecting a patch does
+_WORTH_GATHERING = 0.9
+
+
+def attention_pool(
+    features: list[Tensor],
+    w_q: Tensor,
+    b_q: Tensor | None,
+    w_kv: Tensor,
+    b_kv: Tensor | None,
+    w_o: Tensor,
+    b_o: Tensor | None,
+    grid: list[int],
+    num_heads: int,
+    window: list[int],
+    pad_embed: Tensor | None,
+    mask: Tensor | None,
+    keep: Tensor | None,
+) -> Tensor:
+    """See `vlmkern.reference.attention_pool.attention_pool`."""
+    _require("attention_pool", features)
+    windows = _windows(features, grid, window, pad_embed, mask, keep)
+    shape = (features[0].shape[0], windows_per_tile(grid, window)) if keep is None else (len(keep),)
+    if windows.count == 0:
+        return features[0].new_empty((*shape, len(w_o)))
+    keys, (outputs, values) = len(w_q), w_o.shape
+    scale = (keys // num_heads) ** -0.5
+    b_v = None if b_kv is None else b_kv.contiguous()[keys:]
+    if _absorbs(windows, keys, values, num_heads, features[0].element_size()):
+        mean, _ = kernels.slots(windows, write=False)
+        w_k, w_v = (w.unflatten(0, (num_heads, -1)) for w in w_kv.split([keys, values]))
+        queries = F.linear(mean, w_q, b_q).unflatten(1, (num_heads, -1))
+        pooled = absorbed(_per_head(queries, w_k), windows, scale)
+        context = _per_head(pooled, w_v.mT).flatten(1)
+        context = context if b_v is None else context.add_(b_v)
+    else:
+        gathered = keep is not None and windows.count * windows.slots < _WORTH_GATHERING * features[0].shape[:2].numel()
+        mean, slots = kernels.slots(windows, write=gathered)
+        kv = F.linear(slots, w_kv) if slots is not None else _project_patches(features, w_kv)
+        pad_kv = None if gathered or windows.pad_embed is None else F.linear(windows.pad_embed, w_kv)
+        q = F.linear(mean, w_q, b_q)
+        context = kernels.context(q, kv, b_v, pad_kv, windows, num_heads, scale, gathered=gathered)
+    return F.linear(context, w_o, b_o).view(*shape, outputs)
+
+
+def attention_pool_bwd(
+    grad: Tensor,
+    features: list[Tensor],
+    w_q: Tensor,
+    b_q: Tensor | None,
+    w_kv: Tensor,
+    b_kv: Tensor | None,
+    w_o: Tensor,
+    grid: list[int],
+    num_heads: int,
+    window: list[int],
+    pad_embed: Tensor | None,
+    mask: Tensor | None,
+    keep: Tensor | None,
+    wanted: list[bool],
+) -> list[Tensor]:
+    """See `vlmkern.reference.attention_pool.attention_pool_bwd`."""
+    _require("attention_pool_bwd", features)
+    windows = _windows(features, grid, window, pad_embed, mask, keep)
+    of_features, of_weights = wanted[: len(features)], wanted[len(features) :]
+    of_q, of_b_q, of_kv, of_b_kv, of_o, of_b_o, of_pad = of_weights
+    if windows.count == 0:
+        sizes = [x.shape for x in features]
+        sizes += [w_q.shape, w_q.shape[:1], w_kv.shape, w_kv.shape[:1], w_o.shape, w_o.shape[:1], (2, windows.width)]
+        return [grad.new_zeros(size) for size, want in zip(sizes, wanted, strict=True) if want]
+    keys = len(w_q)
+    d_out = grad.reshape(windows.count, len(w_o))
+    mean, slots = kernels.slots(windows, write=True)
+    context, d_q, d_kv = kernels_bwd.context_bwd(
+        F.linear(mean, w_q, b_q),
+        F.linear(slots, w_kv),
+        None if b_kv is None else b_kv.contiguous()[keys:],
+        d_out @ w_o,
+        windows.slots,
+        num_heads,
+        (keys // num_heads) ** -0.5,
+    )
+    grads: list[Tensor] = []
+    if any(of_features) or of_pad:
+        d_slots, d_mean = d_kv @ w_kv, d_q @ w_q
+        by_feature = [
+            kernels_bwd.scatter(d_slots, d_mean, windows, index) if want or of_pad else None
+            for index, want in enumerate(of_features)
+        ]
+        grads += [d for d, want in zip(by_feature, of_features, strict=True) if want]
+    for want, make in (
+        (of_q, lambda: d_q.T @ mean),
+        (of_b_q, lambda: d_q.sum(0)),
+        (of_kv, lambda: d_kv.T @ slots),
+        (of_b_kv, lambda: d_kv.sum(0)),
+        (of_o, lambda: d_out.T @ context),
+        (of_b_o, lambda: d_out.sum(0)),
+    ):
+        if want:
+            grads.append(make())
+    if of_pad:
+        chosen = torch.stack([row.flatten().to(grad.dtype) for row in pad_rows(mask)])
+        grads.append(torch.cat([chosen @ d.flatten(0, 1) for d in by_feature], dim=1))
+    return grads
+
+
+def _windows(
+    features: list[Tensor],
+    grid: list[int],
+    window: list[int],
+    pad_embed: Tensor | None,
+    mask: Tensor | None,
+    keep: Tensor | None,
+) -> Windows:
+    kind = None if mask is None else pad_kind(mask)
+    pad_embed = None if pad_embed is None else pad_embed.contiguous()
+    return Windows(features, grid, window, None if keep is None else keep.contiguous(), kind, pad_embed)
+
+
+def _absorbs(windows: Windows, keys: int, values: int, heads: int, size: int) -> bool:
+    """Whether W_K goes into the queries and W_V behind the pooling, by what both forms compute and move: every slot's
+    keys and values, or a row as wide as the features for each head of a window, written and read on both ways."""
+    width, slots = windows.width, windows.slots
+    projected = 2 * slots * width * (keys + values) + _FLOPS_PER_BYTE * 2 * slots * (keys + values) * size
+    without = 2 * width * (keys + values) + _FLOPS_PER_BYTE * (4 * heads + slots) * width * size
+    return without < projected
+
+
+def _per_head(x: Tensor, weight: Tensor) -> Tensor:
+    """[W, H, A] by [H, A, B] -> [W, H, B], dense."""
+    if x.shape[1] == 1:
+        return (x[:, 0] @ weight[0]).unsqueeze(1)
+    return (x.transpose(0, 1) @ weight).transpose(0, 1).contiguous()
+
+
+def _project_patches(features: list[Tensor], w_kv: Tensor) -> Tensor:
+    """Keys and values of every patch, [T * N, H*(Dk+Dv)], a product for each feature added to those before: nothing is
+    laid side by side."""
+    weights = w_kv.split(features[0].shape[2], dim=1)
+    kv = features[0].flatten(0, 1) @ weights[0].T
+    for feature, weight in zip(features[1:], weights[1:], strict=True):
+        kv.addmm_(feature.flatten(0, 1), weight.T)
+    return kv
+
+
+def _require(op: str, features: list[Tensor]) -> None:
+    first = features[0]
+    if first.dtype not in kernels.DTYPES or len(features) > kernels.MAX_FEATURES or first.shape[2] == 0:
+        raise BackendUnavailable(
+            f"backend 'triton' has no {op} kernel for {len(features)} features of {first.dtype}, {first.shape[2]} wide;"
+            f" it takes up to {kernels.MAX_FEATURES} in float32, bfloat16 and float16"
+        )
