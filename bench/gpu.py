@@ -91,9 +91,9 @@ def measure(case: Case, mode: str, rounds: int, machine: dict[str, Any]) -> list
         rows.append(row)
         try:
             call = forward(case, provider) if mode == "fwd" else backward(case, provider)
-            results = call()
+            found = call()
             row["relative_error"] = max(
-                ((x.float() - y).abs().max() / y.abs().max()).item() for x, y in zip(results, exact, strict=True)
+                ((x.float() - y).abs().max() / y.abs().max()).item() for x, y in zip(found, exact, strict=True)
             )
             row["peak_mib"] = peak_memory(call)
         except Exception as error:
@@ -120,22 +120,27 @@ def measure(case: Case, mode: str, rounds: int, machine: dict[str, Any]) -> list
     return rows
 
 
-def forward(case: Case, provider: Callable[..., Tensor]) -> Callable[[], list[Tensor]]:
+def forward(case: Case, provider: Callable[..., Any]) -> Callable[[], list[Tensor]]:
     """A call that gives the result."""
 
     def call() -> list[Tensor]:
         with torch.no_grad():
-            return [provider(*case.inputs)]
+            return results(provider(*case.inputs))
 
     return call
 
 
-def backward(case: Case, provider: Callable[..., Tensor]) -> Callable[[], list[Tensor]]:
+def backward(case: Case, provider: Callable[..., Any]) -> Callable[[], list[Tensor]]:
     """A call that gives the gradients by inputs and weights, of a forward that was run before."""
     leaves = [x.detach().requires_grad_() for x in case.inputs]
-    out = provider(*leaves)
-    grad = torch.ones_like(out)
-    return lambda: list(torch.autograd.grad(out, [*leaves, *case.weights], grad, retain_graph=True))
+    out = results(provider(*leaves))
+    grads = [torch.ones_like(x) for x in out]
+    return lambda: list(torch.autograd.grad(out, [*leaves, *case.weights], grads, retain_graph=True))
+
+
+def results(out: Tensor | tuple[Tensor, ...]) -> list[Tensor]:
+    """What a provider gives, as a list."""
+    return [out] if isinstance(out, Tensor) else list(out)
 
 
 def wide_result(case: Case, mode: str) -> list[Tensor]:

@@ -27,7 +27,7 @@ from vlmkern.models.jina_vlm.vision import VisionBlock, run_tower
 
 CROPS, TOKENS, HEADS, WIDTH = 13, 729, 16, 1152
 
-Call = Callable[..., Tensor]
+Call = Callable[..., Tensor | tuple[Tensor, ...]]
 
 
 @dataclass
@@ -58,6 +58,9 @@ def cases(dtype: torch.dtype = torch.bfloat16, device: str = "cuda") -> Iterator
     yield attention_pool(1, 1152, 2304, dtype, device)
     for rows in (2548, 196):
         yield swiglu_mlp(rows, dtype, device)
+    yield linear("gelu_tanh", False, dtype, device)
+    yield linear("none", True, dtype, device)
+    yield add_layer_norm(dtype, device)
     yield block(dtype, device)
     yield vision_path(dtype, device)
 
@@ -132,6 +135,58 @@ def swiglu_mlp(rows: int, dtype: torch.dtype, device: str) -> Case:
         {"eager": module, "compile": compiled(module), "vlmkern": lambda x: ops.swiglu_mlp(x, *weights)},
         flops=2 * rows * sum(weight.numel() for weight in weights),
         least_bytes=(x.numel() + sum(weight.numel() for weight in weights) + rows * 2048) * dtype.itemsize,
+        weights=weights,
+    )
+
+
+def linear(activation: str, residual: bool, dtype: torch.dtype, device: str) -> Case:
+    """A tower block's projections: into the MLP with its activation, or out of it onto the residual."""
+    rows, inputs, outputs = CROPS * TOKENS, *((4304, WIDTH) if residual else (WIDTH, 4304))
+    weight, bias = torch.randn(outputs, inputs, device=device) * inputs**-0.5, torch.randn(outputs, device=device)
+    weights = [weight.to(dtype).requires_grad_(), bias.to(dtype).requires_grad_()]
+    tensors = [torch.randn(rows, inputs, dtype=dtype, device=device)]
+    if residual:
+        tensors.append(torch.randn(rows, outputs, dtype=dtype, device=device))
+
+    def eager(x: Tensor, added: Tensor | None = None) -> Tensor:
+        y = F.linear(x, *weights)
+        y = F.gelu(y, approximate="tanh") if activation == "gelu_tanh" else y
+        return y if added is None else y + added
+
+    def ours(x: Tensor, added: Tensor | None = None) -> Tensor:
+        return ops.linear(x, *weights, activation=activation, residual=added)
+
+    least = sum(x.numel() for x in tensors) + weight.numel() + rows * outputs
+    return Case(
+        f"linear {rows}x{inputs}-{outputs}, {activation}{' + residual' if residual else ''}",
+        tensors,
+        {"eager": eager, "compile": compiled(eager), "vlmkern": ours},
+        flops=2 * rows * weight.numel(),
+        least_bytes=least * dtype.itemsize,
+        weights=weights,
+    )
+
+
+def add_layer_norm(dtype: torch.dtype, device: str) -> Case:
+    """Between a tower block's halves: residual and norm."""
+    rows = CROPS * TOKENS
+    tensors = [torch.randn(rows, WIDTH, dtype=dtype, device=device) for _ in range(2)]
+    weights = [torch.randn(WIDTH, dtype=dtype, device=device).requires_grad_() for _ in range(2)]
+
+    def eager(x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        total = x + residual
+        return F.layer_norm(total, (WIDTH,), *weights, 1e-6), total
+
+    return Case(
+        f"add_layer_norm {rows}x{WIDTH}",
+        tensors,
+        {
+            "eager": eager,
+            "compile": compiled(eager),
+            "vlmkern": lambda x, residual: ops.add_layer_norm(x, residual, *weights, eps=1e-6),
+        },
+        flops=8 * rows * WIDTH,
+        least_bytes=4 * rows * WIDTH * dtype.itemsize,
         weights=weights,
     )
 

@@ -20,8 +20,8 @@ def on_cpu(monkeypatch):
     monkeypatch.setattr(gpu, "device_times", times)
     monkeypatch.setattr(gpu, "peak_memory", lambda call: 1.0)
     monkeypatch.setattr(gpu_cases, "compiled", lambda function: lambda *args: function(*args))
-    monkeypatch.setattr(gpu_cases, "CROPS", 1)
-    monkeypatch.setattr(gpu_cases, "HEADS", 2)
+    for name, value in {"CROPS": 1, "HEADS": 2, "TOKENS": 729}.items():
+        monkeypatch.setattr(gpu_cases, name, value)
 
 
 @pytest.mark.parametrize(
@@ -30,8 +30,12 @@ def on_cpu(monkeypatch):
         lambda: gpu_cases.attention(2, 50, 72, torch.bfloat16, "cpu"),
         lambda: gpu_cases.attention_pool(2, 8, 8, torch.bfloat16, "cpu"),
         lambda: gpu_cases.swiglu_mlp(3, torch.bfloat16, "cpu"),
+        lambda: gpu_cases.linear("gelu_tanh", False, torch.bfloat16, "cpu"),
+        lambda: gpu_cases.linear("none", True, torch.bfloat16, "cpu"),
+        # in bfloat16 torch sums the gradient by the bias in bfloat16 on CPUs
+        lambda: gpu_cases.add_layer_norm(torch.float32, "cpu"),
     ],
-    ids=["attention", "attention_pool", "swiglu_mlp"],
+    ids=["attention", "attention_pool", "swiglu_mlp", "linear", "linear_residual", "add_layer_norm"],
 )
 @pytest.mark.parametrize("mode", ["fwd", "bwd"])
 def test_rows(make, mode):

@@ -3,6 +3,7 @@ happen. The odd shapes are tests/interpreted's."""
 
 from __future__ import annotations
 
+import gpu
 import gpu_cases
 import pytest
 import torch
@@ -22,6 +23,9 @@ CASES = {
     "attention_pool": lambda dtype: gpu_cases.attention_pool(16, 72, 72, dtype, "cuda"),
     "attention_pool_one_head": lambda dtype: gpu_cases.attention_pool(1, 1152, 2304, dtype, "cuda"),
     "swiglu_mlp": lambda dtype: gpu_cases.swiglu_mlp(2548, dtype, "cuda"),
+    "linear_gelu": lambda dtype: gpu_cases.linear("gelu_tanh", False, dtype, "cuda"),
+    "linear_residual": lambda dtype: gpu_cases.linear("none", True, dtype, "cuda"),
+    "add_layer_norm": lambda dtype: gpu_cases.add_layer_norm(dtype, "cuda"),
     "swiglu_mlp_few_rows": lambda dtype: gpu_cases.swiglu_mlp(5, dtype, "cuda"),
 }
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -38,18 +42,17 @@ def triton_backend():
         yield
 
 
-def run(case, provider, dtype, backward=True):
+def run(case, provider, dtype):
     """Result and gradients of a provider for the case's values in `dtype`; the products are true float32."""
     inputs = [x.detach().to(dtype).requires_grad_() for x in case.inputs]
     kept = [weight.data for weight in case.weights]
     for weight in case.weights:
         weight.data = weight.data.to(dtype)
     try:
-        out = case.providers[provider](*inputs)
-        if not backward:
-            return [out.detach()]
-        weight = torch.linspace(-1, 1, out.shape[-1], dtype=dtype, device=out.device)
-        return [out.detach(), *torch.autograd.grad((out * weight).sum(), [*inputs, *case.weights])]
+        out = gpu.results(case.providers[provider](*inputs))
+        weight = torch.linspace(-1, 1, out[0].shape[-1], dtype=dtype, device=out[0].device)
+        loss = sum((x * weight).sum() for x in out)
+        return [*(x.detach() for x in out), *torch.autograd.grad(loss, [*inputs, *case.weights])]
     finally:
         for weight, data in zip(case.weights, kept, strict=True):
             weight.data = data
@@ -90,11 +93,12 @@ def test_graph_capture(make):
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
-            out = call(*case.inputs)
+            captured = gpu.results(call(*case.inputs))
         for x in case.inputs:
             x.copy_(torch.randn_like(x))
         graph.replay()
-        assert torch.equal(out, call(*case.inputs))
+        for replayed, fresh in zip(captured, gpu.results(call(*case.inputs)), strict=True):
+            assert torch.equal(replayed, fresh)
     torch.cuda.set_stream(torch.cuda.default_stream())
 
 
@@ -106,6 +110,14 @@ def test_everything_is_written(make):
         assert all(tensor.isfinite().all() for tensor in run(case, "vlmkern", torch.bfloat16))
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+def test_the_tower_block_fuses_the_sum_into_the_norm():
+    """Its CUDA branch, against transformers' layer."""
+    case = gpu_cases.block(torch.float32, "cuda")
+    with torch.no_grad():
+        expected, actual = (case.providers[name](*case.inputs) for name in ("transformers", "vlmkern"))
+    assert (actual - expected).abs().max() <= 1e-4 * expected.abs().max()
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
