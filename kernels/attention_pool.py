@@ -1,13 +1,14 @@
 """Attention pooling of windows on GPUs: what goes on around the library's matrix products, forward.
 
-At 13 crops of jina-vlm (2,548 windows of 4 slots, width 2 x 1152, bfloat16) on an H200, 790 TFLOP/s and 4.3 TB/s:
+At 13 crops of jina-vlm (2,548 windows of 4 slots, 9,477 patches, width 2 x 1152, bfloat16), on an H200 of 790 TFLOP/s
+and 4.3 TB/s, by arithmetic:
 
-    form, heads x dims             GFLOP    MB moved    us by FLOPs    us by bytes
-    projected, 16 x 72               128         150            162             35
-    absorbed, materialised           49          810             62            188
-    absorbed, fused                  49   1,000-1,500 of L2       62    160-250 of L2
-    projected, 1 x 1152 (2304)       189         190            239             44
-    absorbed, 1 x 1152 (2304)         54         150             68             35
+    heads x dims      form                       GFLOP    MB moved    us by FLOPs    us by bytes
+    16 x 72           projected by the library     121         196            153             46
+    16 x 72           absorbed, q' stored           47         860             60            200
+    16 x 72           absorbed in one kernel        47     1,000 or more of L2, with 60 us of plain FMAs
+    1 x 1152 (2304)   projected by the library     178         250            225             58
+    1 x 1152 (2304)   absorbed, q' stored           68         190             86             44
 
 With many heads the absorbed form (csrc/cpu/attention_pool.cpp) moves a row of 2,304 for every head and window, or reads
 the features again for every head, which 132 multiprocessors that share a cache cannot hide; so keys and values are
@@ -30,7 +31,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._interpreter import mend
-from ._launch import Kernel, launch, select
+from ._launch import Config, Kernel, launch, select
 
 mend()
 
@@ -147,7 +148,7 @@ def attention_pool_fwd_slots_kernel(
     J: tl.constexpr = WINDOW_ROWS * WINDOW_COLS
     o_wide = i_feature * C + o_col
     b_sum = tl.zeros([BLOCK_W, BLOCK_C], tl.float32)
-    for i_slot in tl.static_range(J):
+    for i_slot in tl.range(0, J, loop_unroll_factor=4):
         i_tile, i_patch, inside = slot_patch(i_window, i_slot, ROWS, COLS, WINDOW_ROWS, WINDOW_COLS)
         inside = inside & m_window
         p_row = p_x + (i_tile * stride_t + i_patch * stride_n)[:, None] + o_col[None, :]
@@ -304,6 +305,14 @@ class Windows(NamedTuple):
         }
 
 
+def tiled(config: Config, columns: str, slots: int) -> Config:
+    """A configuration, which is for windows of four slots, for windows of `slots`: tiles of as many elements."""
+    padded = triton.next_power_of_2(slots)
+    elements = config["BLOCK_W"] * 4 * config[columns]
+    width = min(config[columns], max(16, elements // padded))
+    return config | {"BLOCK_W": max(1, elements // (padded * width)), columns: width}
+
+
 def slots(windows: Windows, *, write: bool) -> tuple[Tensor, Tensor | None]:
     """Means of the windows' slots, [W, L*C], and, if `write`, the slots themselves, [W*J, L*C]; W > 0."""
     first, count, width = windows.features[0], windows.count, windows.width
@@ -356,6 +365,7 @@ def context(
     value_dim = kv.shape[1] // num_heads - key_dim
     out = q.new_empty(count, num_heads * value_dim)
     config = select("attention_pool_fwd_kernel", q, windows=count, head_dim=max(key_dim, value_dim))
+    config = tiled(config, "BLOCK_D", windows.slots)
     constants = windows.constants | {"HAS_PAD": pad_kv is not None}
     launch(
         attention_pool_fwd_kernel,

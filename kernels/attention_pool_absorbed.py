@@ -18,6 +18,7 @@ from .attention_pool import (
     slot_patch,
     softmax_slots,
     stride_at,
+    tiled,
     window_number,
 )
 
@@ -118,6 +119,7 @@ def absorbed(q: Tensor, windows: Windows, scale: float) -> Tensor:
     pooled = torch.empty_like(q)
     first = windows.features[0]
     config = select("attention_pool_fwd_absorbed_kernel", q, windows=count, channels=first.shape[2])
+    config = tiled(config, "BLOCK_C", windows.slots)
     tensors, strides = windows.sources
     launch(
         attention_pool_fwd_absorbed_kernel,

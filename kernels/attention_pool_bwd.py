@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._launch import Kernel, launch, select
-from .attention_pool import Windows, blocks, example_windows, softmax_slots
+from .attention_pool import Windows, blocks, example_windows, softmax_slots, tiled
 
 
 @triton.jit
@@ -162,6 +162,7 @@ def context_bwd(
     value_dim = grad.shape[1] // num_heads
     context, dq, dkv = (x.new_empty(x.shape) for x in (grad, q, kv))
     config = select("attention_pool_bwd_kernel", q, windows=len(q), head_dim=max(key_dim, value_dim))
+    config = tiled(config, "BLOCK_D", slots)
     launch(
         attention_pool_bwd_kernel,
         (-(-len(q) // config["BLOCK_W"]) * num_heads,),
@@ -177,13 +178,20 @@ def context_bwd(
     return context, dq, dkv
 
 
-def scatter(d_slots: Tensor, d_mean: Tensor, windows: Windows, feature: int) -> Tensor:
-    """Gradient by one feature, [T, N, C], dense, of those by all slots [W*J, L*C] and by the means [W, L*C]."""
+def sorted_windows(windows: Windows) -> tuple[Tensor, Tensor] | tuple[None, None]:
+    """The kept windows in order, and where in `keep` each of them is."""
+    if windows.keep is None:
+        return None, None
+    return windows.keep.clamp(0, windows.of_all_tiles - 1).sort(stable=True)
+
+
+def scatter(
+    d_slots: Tensor, d_mean: Tensor, windows: Windows, kept: Tensor | None, order: Tensor | None, feature: int
+) -> Tensor:
+    """Gradient by one feature, [T, N, C], dense, of those by all slots [W*J, L*C] and by the means [W, L*C]; kept and
+    order are `sorted_windows`."""
     tiles, patches, channels = windows.features[feature].shape
     out = d_slots.new_empty(tiles, patches, channels)
-    kept = order = None
-    if windows.keep is not None:
-        kept, order = windows.keep.clamp(0, windows.of_all_tiles - 1).sort(stable=True)
     config = select("attention_pool_bwd_scatter_kernel", d_slots, windows=windows.count, channels=channels)
     blocks = -(-channels // config["BLOCK_C"])
     constants = {key: value for key, value in windows.constants.items() if key != "HAS_PAD"}
@@ -216,7 +224,7 @@ def _scatter_example(
     d_slots, d_mean = (
         torch.randn(rows * given.count, given.width, dtype=dtype, device=device) for rows in (given.slots, 1)
     )
-    return lambda: scatter(d_slots, d_mean, given, 1)
+    return lambda: scatter(d_slots, d_mean, given, *sorted_windows(given), 1)
 
 
 KERNELS = (
@@ -232,7 +240,7 @@ KERNELS = (
         _scatter_example,
         {"windows": 2548, "channels": 1152},
         lambda size, windows, channels: (5 * windows * channels, 9 * windows * channels * size),
-        tuple({"BLOCK_C": size, "num_warps": warps} for size in (256, 512, 1024, 2048) for warps in (2, 4, 8)),
+        tuple({"BLOCK_C": size, "num_warps": warps} for size in (128, 256, 512, 1024) for warps in (1, 2, 4)),
         variants=({}, {"kept": True}),
     ),
 )

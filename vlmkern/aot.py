@@ -34,7 +34,7 @@ MODULES = (
 
 # a streaming multiprocessor's shared memory in KiB, of which 1 goes to the system for every block
 _SHARED_KIB = {80: 164, 90: 228, 100: 228}
-_REGISTERS, _THREADS = 65536, 2048
+_REGISTERS, _THREADS, _BLOCKS = 65536, 2048, 32
 
 
 class Job(NamedTuple):
@@ -187,7 +187,10 @@ def _resources(cubin: bytes, arch: int, warps: int, shared: int) -> dict[str, An
         "spill_bytes": sum(n * _width(name) for name, n in code.items() if re.match(r"(STL|LDL)\b", name)),
         "shared_bytes": shared,
         "ctas_per_sm": min(
-            _REGISTERS // (per_warp * warps), _THREADS // (32 * warps), _SHARED_KIB[arch] * 1024 // (shared + 1024)
+            _BLOCKS,
+            _REGISTERS // (per_warp * warps),
+            _THREADS // (32 * warps),
+            _SHARED_KIB[arch] * 1024 // (shared + 1024),
         ),
         "instructions": sum(code.values()),
         "mma": {name: n for name, n in sorted(code.items()) if re.match(r"(HGMMA|HMMA|QGMMA|UTC\w*MMA)\b", name)},

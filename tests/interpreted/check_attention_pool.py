@@ -99,6 +99,8 @@ PROBLEMS = {
     "even_grid": {"grid": (4, 6)},
     "no_biases": {"bias": False},
     "window_2x3": {"window": (2, 3), "grid": (3, 7)},
+    "window_3x3": {"window": (3, 3), "grid": (5, 7)},
+    "one_window": {"window": (4, 5), "grid": (4, 5)},
     "window_1x1": {"window": (1, 1)},
     "one_feature": {"count": 1},
     "three_features": {"count": 3, "channels": 8},
@@ -176,6 +178,12 @@ def test_strides(form, views):
     with vlmkern.use_backend("reference"):
         expected = ops.attention_pool([x.double() for x in problem.features], *tensors, **problem.fixed)
     torch.testing.assert_close(actual.double(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_windows_of_no_tile_are_zeros(form):
+    problem = Problem(tiles=0)
+    arguments = (problem.features, *problem.weights, [3, 5], 2, [2, 2], None, None, torch.tensor([4, 0]))
+    assert not gpu.attention_pool(*arguments).any()
 
 
 @pytest.mark.parametrize("options", [{"tiles": 0}, {"keep": []}])

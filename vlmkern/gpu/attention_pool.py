@@ -16,8 +16,8 @@ from ..kernels.attention_pool import Windows
 from ..kernels.attention_pool_absorbed import absorbed
 from ..reference.attention_pool import pad_kind, pad_rows, windows_per_tile
 
-# of an H200 in bfloat16, matrix products of random data and device-to-device copies; what counts is their quotient
-_FLOPS_PER_BYTE = 790 / 4.3
+# of an H200: TFLOP/s of matrix products over the 4.3 TB/s of its copies, by the bytes of an element
+_FLOPS_PER_BYTE = {2: 790 / 4.3, 4: 60 / 4.3}
 # writing the kept slots side by side costs a tenth of what projecting a patch does
 _WORTH_GATHERING = 0.9
 
@@ -41,8 +41,9 @@ def attention_pool(
     _require("attention_pool", features)
     windows = _windows(features, grid, window, pad_embed, mask, keep)
     shape = (features[0].shape[0], windows_per_tile(grid, window)) if keep is None else (len(keep),)
-    if windows.count == 0:
-        return features[0].new_empty((*shape, len(w_o)))
+    if windows.count == 0 or windows.of_all_tiles == 0:
+        # windows of no tile, which only unchecked indices name, are zeros
+        return features[0].new_zeros((*shape, len(w_o)))
     keys, (outputs, values) = len(w_q), w_o.shape
     scale = (keys // num_heads) ** -0.5
     b_v = None if b_kv is None else b_kv.contiguous()[keys:]
@@ -84,12 +85,14 @@ def attention_pool_bwd(
     windows = _windows(features, grid, window, pad_embed, mask, keep)
     of_features, of_weights = wanted[: len(features)], wanted[len(features) :]
     of_q, of_b_q, of_kv, of_b_kv, of_o, of_b_o, of_pad = of_weights
-    if windows.count == 0:
+    if windows.count == 0 or windows.of_all_tiles == 0:
         sizes = [x.shape for x in features]
         sizes += [w_q.shape, w_q.shape[:1], w_kv.shape, w_kv.shape[:1], w_o.shape, w_o.shape[:1], (2, windows.width)]
         return [grad.new_zeros(size) for size, want in zip(sizes, wanted, strict=True) if want]
     keys = len(w_q)
     d_out = grad.reshape(windows.count, len(w_o))
+    if not any((*of_features, *of_weights[:5], of_pad)):
+        return [d_out.sum(0)] if of_b_o else []
     mean, slots = kernels.slots(windows, write=True)
     context, d_q, d_kv = kernels_bwd.context_bwd(
         F.linear(mean, w_q, b_q),
@@ -103,8 +106,9 @@ def attention_pool_bwd(
     grads: list[Tensor] = []
     if any(of_features) or of_pad:
         d_slots, d_mean = d_kv @ w_kv, d_q @ w_q
+        kept, order = kernels_bwd.sorted_windows(windows)
         by_feature = [
-            kernels_bwd.scatter(d_slots, d_mean, windows, index) if want or of_pad else None
+            kernels_bwd.scatter(d_slots, d_mean, windows, kept, order, index) if want or of_pad else None
             for index, want in enumerate(of_features)
         ]
         grads += [d for d, want in zip(by_feature, of_features, strict=True) if want]
@@ -141,8 +145,9 @@ def _absorbs(windows: Windows, keys: int, values: int, heads: int, size: int) ->
     """Whether W_K goes into the queries and W_V behind the pooling, by what both forms compute and move: every slot's
     keys and values, or a row as wide as the features for each head of a window, written and read on both ways."""
     width, slots = windows.width, windows.slots
-    projected = 2 * slots * width * (keys + values) + _FLOPS_PER_BYTE * 2 * slots * (keys + values) * size
-    without = 2 * width * (keys + values) + _FLOPS_PER_BYTE * (4 * heads + slots) * width * size
+    byte = _FLOPS_PER_BYTE[size] * size
+    projected = 2 * slots * width * (keys + values) + byte * 2 * slots * (keys + values)
+    without = 2 * width * (keys + values) + byte * (4 * heads + slots) * width
     return without < projected
 
 
