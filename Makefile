@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 NATIVE := CMakeLists.txt $(shell find csrc -type f)
 
-.PHONY: setup demo test bench gpu sanitize lint format dist clean
+.PHONY: setup demo test bench bench-compare gpu sanitize lint format dist clean
 
 setup: $(STAMP)
 
@@ -27,6 +27,10 @@ bench: setup
 	mkdir -p bench/out
 	$(BIN)/python -m pytest bench --benchmark-only --benchmark-json=bench/out/latest.json --quiet
 	$(BIN)/python bench/report.py bench/out/latest.json
+
+# one-thread CPU time against another revision, built beside this one; fails on 5 %: make bench-compare BASE=main
+bench-compare: setup
+	$(BIN)/python bench/compare.py $(BASE) $(if $(ONLY),--only '$(ONLY)')
 
 # GPU tests, then the GPU benchmark, with the machine's own Python and torch: nothing is installed or downloaded
 GPU_PYTHON ?= python3

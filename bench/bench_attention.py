@@ -1,11 +1,11 @@
-"""Non-causal attention on views of a fused qkv projection, forward."""
+"""Non-causal attention on views of a fused qkv projection."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import DTYPES, run_case
+from cases import DTYPES, backward, forward, run_case
 
 from vlmkern import ops
 
@@ -31,13 +31,28 @@ def sdpa(q, k, v):
 PROVIDERS = {"eager": eager, "sdpa": sdpa, "onednn": sdpa, "vlmkern": ops.attention}
 
 
+# shapes whose gradients are timed: the largest take a minute in some baselines
+CASES = [(shape, "fwd") for shape in SHAPES] + [("siglip_so400m_1_tile", "bwd"), ("internvit_300m_1_tile", "bwd")]
+
+
 @pytest.mark.parametrize("provider", PROVIDERS)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", SHAPES)
-def bench_attention_fwd(benchmark, shape, dtype, provider):
+@pytest.mark.parametrize("shape, mode", CASES)
+def bench_attention(benchmark, shape, mode, dtype, provider):
     tiles, tokens, heads, dim = SHAPES[shape]
-    benchmark.group = f"attention fwd|{shape}|{dtype}"
+    benchmark.group = f"attention {mode}|{shape}|{dtype}"
     q, k, v = torch.randn(tiles, tokens, 3, heads, dim).to(DTYPES[dtype]).unbind(2)
-    function, flops = PROVIDERS[provider], 4 * tiles * heads * tokens**2 * dim
-    exact = sdpa(q.float(), k.float(), v.float())
-    run_case(benchmark, provider, lambda: function(q, k, v), exact, DTYPES[dtype], flops=flops, rounds=5)
+    run = forward if mode == "fwd" else backward
+    exact = run(sdpa, [x.float() for x in (q, k, v)])()
+    # gradients take five products of the forward's two
+    products, tensors = (2, 4) if mode == "fwd" else (5, 8)
+    run_case(
+        benchmark,
+        provider,
+        run(PROVIDERS[provider], [q, k, v]),
+        exact,
+        DTYPES[dtype],
+        flops=2 * products * tiles * heads * tokens**2 * dim,
+        least_bytes=tensors * q.numel() * q.element_size(),
+        rounds=5,
+    )

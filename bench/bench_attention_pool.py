@@ -1,11 +1,11 @@
-"""Attention pooling of two hidden states at released sizes, forward: the released form and the paper's."""
+"""Attention pooling of two hidden states at released sizes: the released form and the paper's."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import DTYPES, PROVIDERS, compiled, run_case
+from cases import DTYPES, PROVIDERS, backward, compiled, forward, run_case
 from torch import nn
 
 from vlmkern import ops
@@ -41,23 +41,43 @@ class Eager(nn.Module):
         return self.out(attended).view(tiles, 196, -1)
 
 
+CASES = [(shape, "fwd") for shape in SHAPES] + [("jina_vlm_1_tile", "bwd")]
+
+
 @pytest.mark.parametrize("provider", PROVIDERS)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", SHAPES)
-def bench_attention_pool_fwd(benchmark, shape, dtype, provider):
+@pytest.mark.parametrize("shape, mode", CASES)
+def bench_attention_pool(benchmark, shape, mode, dtype, provider):
     tiles, heads, key_dim, value_dim = SHAPES[shape]
-    benchmark.group = f"attention_pool fwd|{shape}|{dtype}"
+    benchmark.group = f"attention_pool {mode}|{shape}|{dtype}"
     features = list(torch.randn(2, tiles, 729, WIDTH).to(DTYPES[dtype]).unbind(0))
-    module = Eager(heads, key_dim, value_dim).to(DTYPES[dtype])
-    with torch.no_grad():
-        exact = Eager.forward(module.float(), [f.float() for f in features])
+    module = Eager(heads, key_dim, value_dim).to(DTYPES[dtype]).float()
+    weights = [module.q.weight, module.kv.weight, module.out.weight]
+
+    def run(function):
+        return forward(function, features) if mode == "fwd" else backward(function, features, weights)
+
+    features = [f.float() for f in features]
+    exact = run(lambda *f: module(f))()
     module.to(DTYPES[dtype])
-    weights = (module.q.weight, None, module.kv.weight, None, module.out.weight, None)
+    features = [f.to(DTYPES[dtype]) for f in features]
+    q, kv, out = weights
     if provider == "vlmkern":
-        call = lambda: ops.attention_pool(features, *weights, grid=GRID, num_heads=heads)  # noqa: E731
+        call = run(lambda *f: ops.attention_pool(f, q, None, kv, None, out, None, grid=GRID, num_heads=heads))
     else:
-        function = compiled(module) if provider == "compile" else module
-        call = lambda: function(features)  # noqa: E731
+        function = compiled(module, mode) if provider == "compile" else module
+        call = run(lambda *f: function(f))
     # the formula's count (keys and values of every slot), whatever a provider makes of it
-    flops = 2 * 196 * tiles * (module.q.weight.numel() + 4 * module.kv.weight.numel() + module.out.weight.numel())
-    run_case(benchmark, provider, call, exact, DTYPES[dtype], flops=flops, rounds=5)
+    flops = 2 * 196 * tiles * (q.numel() + 4 * kv.numel() + out.numel())
+    moved = 2 * features[0].numel() + 196 * tiles * WIDTH + sum(weight.numel() for weight in weights)
+    scale = 1 if mode == "fwd" else 2
+    run_case(
+        benchmark,
+        provider,
+        call,
+        exact,
+        DTYPES[dtype],
+        flops=scale * flops,
+        least_bytes=scale * moved * features[0].element_size(),
+        rounds=5,
+    )

@@ -97,4 +97,12 @@ def bench_decode(benchmark, dtype, provider):
     exact = their_step(theirs, prompt, token)().float()
     step = our_step(model, prompt, token) if provider == "vlmkern" else their_step(theirs, prompt, token)
     weights = sum(p.numel() for p in theirs.parameters()) - theirs.model.embed_tokens.weight.numel()
-    run_case(benchmark, provider, step, exact, DTYPES[dtype], flops=2 * weights)
+    run_case(
+        benchmark,
+        provider,
+        step,
+        exact,
+        DTYPES[dtype],
+        flops=2 * weights,
+        least_bytes=weights * DTYPES[dtype].itemsize,
+    )

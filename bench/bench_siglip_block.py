@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import DTYPES, compiled, run_case
+from cases import DTYPES, compiled, forward, run_case
 from torch import nn
 
 from vlmkern.models.jina_vlm.config import VisionConfig
@@ -62,4 +62,14 @@ def bench_siglip_block_fwd(benchmark, shape, dtype, provider):
     function = compiled(module) if provider == "compile" else module
     tokens, width = tiles * config.num_patches, config.hidden_size
     flops = 2 * tokens * width * (4 * width + 2 * config.mlp_size) + 4 * tokens * config.num_patches * width
-    run_case(benchmark, provider, lambda: function(x), exact, DTYPES[dtype], flops=flops, rounds=5)
+    moved = 2 * x.numel() + sum(parameter.numel() for parameter in block.parameters())
+    run_case(
+        benchmark,
+        provider,
+        forward(function, [x]),
+        exact,
+        DTYPES[dtype],
+        flops=flops,
+        least_bytes=moved * x.element_size(),
+        rounds=5,
+    )

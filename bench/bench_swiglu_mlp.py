@@ -1,11 +1,11 @@
-"""SwiGLU MLP, forward: the connector's projector and the decoder's MLP."""
+"""SwiGLU MLP: the connector's projector and the decoder's MLP."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import DTYPES, PROVIDERS, compiled, run_case
+from cases import DTYPES, PROVIDERS, backward, compiled, forward, run_case
 from torch import nn
 
 from vlmkern import ops
@@ -32,20 +32,36 @@ class Eager(nn.Module):
         return self.down(F.silu(gate) * value)
 
 
+CASES = [(shape, "fwd") for shape in SHAPES] + [("projector_196", "bwd")]
+
+
 @pytest.mark.parametrize("provider", PROVIDERS)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", SHAPES)
-def bench_swiglu_mlp_fwd(benchmark, shape, dtype, provider):
+@pytest.mark.parametrize("shape, mode", CASES)
+def bench_swiglu_mlp(benchmark, shape, mode, dtype, provider):
     rows, channels, hidden, out = SHAPES[shape]
-    benchmark.group = f"swiglu_mlp fwd|{shape}|{dtype}"
-    x, module = torch.randn(rows, channels).to(DTYPES[dtype]), Eager(channels, hidden, out).to(DTYPES[dtype])
-    with torch.no_grad():
-        exact = module.float()(x.float())
+    benchmark.group = f"swiglu_mlp {mode}|{shape}|{dtype}"
+    module = Eager(channels, hidden, out).to(DTYPES[dtype]).float()
+    x, weights = torch.randn(rows, channels).to(DTYPES[dtype]), [module.up.weight, module.down.weight]
+
+    def run(function, x):
+        return forward(function, [x]) if mode == "fwd" else backward(function, [x], weights)
+
+    exact = run(module, x.float())()
     module.to(DTYPES[dtype])
     if provider == "vlmkern":
-        call = lambda: ops.swiglu_mlp(x, module.up.weight, module.down.weight)  # noqa: E731
+        call = run(lambda x: ops.swiglu_mlp(x, *weights), x)
     else:
-        function = compiled(module) if provider == "compile" else module
-        call = lambda: function(x)  # noqa: E731
-    flops = 2 * rows * (module.up.weight.numel() + module.down.weight.numel())
-    run_case(benchmark, provider, call, exact, DTYPES[dtype], flops=flops, rounds=5 if rows > 784 else 9)
+        call = run(compiled(module, mode) if provider == "compile" else module, x)
+    elements = sum(weight.numel() for weight in weights)
+    scale = 1 if mode == "fwd" else 2
+    run_case(
+        benchmark,
+        provider,
+        call,
+        exact,
+        DTYPES[dtype],
+        flops=2 * scale * rows * elements,
+        least_bytes=scale * (elements + rows * (channels + out)) * x.element_size(),
+        rounds=5 if rows > 784 else 9,
+    )

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from bench_attention_pool import Eager as EagerPool
 from bench_siglip_block import Transformers
 from bench_swiglu_mlp import Eager as EagerMLP
-from cases import DTYPES, compiled, run_case
+from cases import DTYPES, compiled, forward, run_case
 from torch import nn
 
 from vlmkern.models.jina_vlm.config import JinaVLMConfig, VisionConfig
@@ -81,11 +81,22 @@ def bench_vision_path_fwd(benchmark, shape, dtype, provider):
     module = (vision if provider == "vlmkern" else theirs).to(DTYPES[dtype]).requires_grad_(False)
     crops, mask = crops.to(DTYPES[dtype]), torch.ones(CROPS, 729)
     if provider == "vlmkern":
-        call = lambda: vision.vl_connector(run_tower(vision, crops), mask, keep)  # noqa: E731
+        call = forward(lambda crops: vision.vl_connector(run_tower(vision, crops), mask, keep), [crops])
     else:
         function = compiled(module) if provider == "compile" else module
         select = (lambda y: y) if keep is None else (lambda y: y.flatten(0, 1)[keep])
-        call = lambda: select(function(crops))  # noqa: E731
+        call = forward(lambda crops: select(function(crops)), [crops])
     tokens, width = CROPS * 729, 1152
     flops = 4 * (2 * tokens * width * (4 * width + 2 * 4304) + 4 * tokens * 729 * width)
-    run_case(benchmark, provider, call, exact, DTYPES[dtype], flops=flops, rounds=3)
+    moved = crops.numel() + sum(parameter.numel() for parameter in vision.parameters())
+    run_case(
+        benchmark,
+        provider,
+        call,
+        exact,
+        DTYPES[dtype],
+        flops=flops,
+        least_bytes=moved * crops.element_size(),
+        rounds=3,
+        images=1,
+    )
