@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 NATIVE := CMakeLists.txt $(shell find csrc -type f)
 
-.PHONY: setup demo test bench bench-compare gpu sanitize lint format dist clean
+.PHONY: setup demo test bench report bench-compare gpu sanitize lint format dist clean
 
 setup: $(STAMP)
 
@@ -27,6 +27,11 @@ bench: setup
 	mkdir -p bench/out
 	$(BIN)/python -m pytest bench --benchmark-only --benchmark-json=bench/out/latest.json --quiet
 	$(BIN)/python bench/report.py bench/out/latest.json
+
+# bench/report/: pictures, Markdown and one HTML page, from the last `make bench` (run if there is none)
+report: setup
+	test -f bench/out/latest.json || $(MAKE) bench
+	$(BIN)/python bench/make_report.py
 
 # one-thread CPU time against another revision, built beside this one; fails on 5 %: make bench-compare BASE=main
 bench-compare: setup
@@ -59,4 +64,4 @@ dist: setup
 	$(BIN)/python -m build --outdir dist
 
 clean:
-	rm -rf $(VENV) build dist bench/out
+	rm -rf $(VENV) build dist bench/out bench/report
