@@ -17,6 +17,8 @@ assert vlmkern.backends()["native"]["available"] is expect_native, vlmkern.backe
 
 module = importlib.import_module("vlmkern.kernels.swiglu_mlp")
 assert hasattr(module, "swiglu_mlp_fwd_kernel")
+launch = importlib.import_module("vlmkern.kernels._launch")
+assert launch.table("attention_fwd_kernel", 90)["entries"], "the tables of configurations are not in the package"
 transformers = importlib.import_module("transformers")
 assert transformers.SiglipVisionModel and transformers.Qwen3ForCausalLM
 

@@ -98,7 +98,6 @@ def report(tasks: Sequence[Job], done: Callable[[dict[str, Any]], None] = lambda
 def compile_job(job: Job) -> dict[str, Any] | None:
     """The report of one configuration; None where the variant does not take it."""
     import torch
-    from triton.runtime import driver
 
     from .kernels import _launch
 
@@ -111,10 +110,7 @@ def compile_job(job: Job) -> dict[str, Any] | None:
     given = launch.constants | launch.options
     if any(given.get(key, value) != value for key, value in job.config.items()):
         return None
-    driver.set_active(_NoDevice(job.arch))
-    compiled = launch.kernel.warmup(
-        *launch.args, grid=(1,), **launch.constants, **launch.options, enable_fp_fusion=True
-    )
+    compiled = compile_launch(launch, job.arch)
     return {
         "kernel": job.kernel,
         "config": job.config,
@@ -124,6 +120,14 @@ def compile_job(job: Job) -> dict[str, Any] | None:
         **_resources(compiled.asm["cubin"], job.arch, compiled.metadata.num_warps, compiled.metadata.shared),
         "shipped": job.shipped,
     }
+
+
+def compile_launch(launch: Any, arch: int) -> Any:
+    """What Triton makes of a recorded launch for an architecture. Leaves this process without a real driver."""
+    from triton.runtime import driver
+
+    driver.set_active(_NoDevice(arch))
+    return launch.kernel.warmup(*launch.args, grid=(1,), **launch.constants, **launch.options, enable_fp_fusion=True)
 
 
 class _NoDevice:
