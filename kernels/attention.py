@@ -14,10 +14,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ._interpreter import mend
-from ._launch import Kernel, Launch, planned, select_for, split, start
+from ._launch import Kernel, Launch, descriptor, descriptor_fields, planned, select_for, split, start
 
 mend()
 
@@ -266,20 +265,15 @@ class Plan(NamedTuple):
     sizes: tuple[Any, ...]
     constants: dict[str, Any]
     options: dict[str, Any]
-    blocks: tuple[dict[str, Any], ...]
+    descriptors: tuple[tuple[dict[str, Any], dict[str, Any]], ...]
 
-    def descriptors(self, x: Tensor) -> list[TensorDescriptor]:
-        """Of a dense tensor, in blocks of LO and of HI columns; the tensor twice where pointers are taken."""
-        if not self.blocks:
-            return [x, x]
-        strides = x.stride()
-        views = []
-        for fields in self.blocks:
-            # a descriptor checks its fields each time one is made, a third of a call's time; these were made in `plan`
-            view = TensorDescriptor.__new__(TensorDescriptor)
-            view.__dict__.update(fields, base=x, strides=[strides[0], strides[2], strides[1], 1])
-            views.append(view)
-        return views
+    def streams(self, *tensors: Tensor) -> list[tuple[Any, Any]]:
+        """What kernels take of the tensors that they loop over: descriptors in blocks of LO and of HI columns, or the
+        tensors, as pointers."""
+        if not self.descriptors:
+            return [(x, x) for x in tensors]
+        pairs = zip(self.descriptors, tensors, strict=True)
+        return [(descriptor(lo, x), descriptor(hi, x)) for (lo, hi), x in pairs]
 
 
 @planned
@@ -309,7 +303,8 @@ def plan(
     images = segments if packed else shape[0]
     longest = tokens if max_seqlen is None else min(max_seqlen, tokens)
     # packed keys end inside the tensor, where a descriptor would fetch the next segment's, be they NaN
-    tma = not packed and aligned and all(s * dtype.itemsize % 16 == 0 for x in streamed for s in x[:-1])
+    strided = all(s > 0 and s * dtype.itemsize % 16 == 0 for x in streamed for s in x[:-1])
+    tma = not packed and aligned and strided
     config = dict(select_for(kernel, dtype, device, tma, tokens=longest, head_dim=head_dim))
     lo = config.pop("LO", max(16, 1 << head_dim.bit_length() - 1))
     hi = 0 if head_dim <= lo else max(16, 1 << (head_dim - lo - 1).bit_length())
@@ -326,6 +321,15 @@ def plan(
         "NEGATED": scale < 0,
     }
     rows = config["BLOCK_N" if block == "BLOCK_M" else "BLOCK_M"]
+    descriptors: tuple[Any, ...] = ()
+    if config["TMA"]:
+        dense = [images, heads, tokens, head_dim]
+        descriptors = tuple(
+            tuple(
+                descriptor_fields(dtype, dense, (x[0], x[2], x[1], 1), [1, 1, rows, width]) for width in (lo, hi or lo)
+            )
+            for x in streamed
+        )
     return Plan(
         (heads, tokens) if packed else (images, heads, tokens),
         (blocks * heads * images,),
@@ -339,24 +343,8 @@ def plan(
             heads * head_dim,
         ),
         *split(config, constants),
-        tuple(
-            vars(
-                TensorDescriptor(_Aligned(dtype), [images, heads, tokens, head_dim], [8, 8, 8, 1], [1, 1, rows, width])
-            )
-            for width in (lo, hi or lo)
-        )
-        if config.get("TMA")
-        else (),
+        descriptors,
     )
-
-
-class _Aligned(NamedTuple):
-    """In place of a tensor whose address and strides have been seen to."""
-
-    dtype: torch.dtype
-
-    def data_ptr(self) -> int:
-        return 0
 
 
 def attention_fwd(
@@ -378,7 +366,7 @@ def attention_fwd(
     )
     out, lse = q.new_empty(q.shape), q.new_empty(how.lse_shape, dtype=torch.float32)
     if how.grid[0] and q.numel():
-        (k_lo, k_hi), (v_lo, v_hi) = how.descriptors(k), how.descriptors(v)
+        (k_lo, k_hi), (v_lo, v_hi) = how.streams(k, v)
         args = (q, k_lo, v_lo, k_hi, v_hi, out, lse, cu_seqlens, *how.sizes)
         start(Launch(attention_fwd_kernel, how.grid, args, how.constants, how.options))
     return out, lse

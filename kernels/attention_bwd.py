@@ -341,13 +341,13 @@ def attention_bwd(
     # by q first: it leaves delta for the other
     streamed, aligned = (k.stride(), v.stride()), (k.data_ptr() | v.data_ptr()) % 16 == 0
     how = plan("attention_bwd_dq_kernel", "BLOCK_M", *geometry, streamed, aligned)
-    (k_lo, k_hi), (v_lo, v_hi) = how.descriptors(k), how.descriptors(v)
+    (k_lo, k_hi), (v_lo, v_hi) = how.streams(k, v)
     args = (grad, q, k_lo, v_lo, k_hi, v_hi, out, lse, cu_seqlens, dq, delta, *how.sizes)
     start(Launch(attention_bwd_dq_kernel, how.grid, args, how.constants, how.options))
 
     streamed, aligned = (grad.stride(), q.stride()), (grad.data_ptr() | q.data_ptr()) % 16 == 0
     how = plan("attention_bwd_dkv_kernel", "BLOCK_N", *geometry, streamed, aligned)
-    (grad_lo, grad_hi), (q_lo, q_hi) = how.descriptors(grad), how.descriptors(q)
+    (grad_lo, grad_hi), (q_lo, q_hi) = how.streams(grad, q)
     args = (grad_lo, q_lo, grad_hi, q_hi, k, v, lse, delta, cu_seqlens, dk, dv, *how.sizes)
     start(Launch(attention_bwd_dkv_kernel, how.grid, args, how.constants, how.options))
     return dq, dk, dv

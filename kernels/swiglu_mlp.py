@@ -12,10 +12,20 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ._interpreter import mend
-from ._launch import Kernel, Launch, launch, planned, select, select_for, split, start
+from ._launch import (
+    Kernel,
+    Launch,
+    descriptor,
+    descriptor_fields,
+    launch,
+    planned,
+    select,
+    select_for,
+    split,
+    start,
+)
 
 mend()
 
@@ -188,15 +198,6 @@ class _Plan(NamedTuple):
     descriptors: tuple[dict[str, Any], ...]
 
 
-class _Aligned(NamedTuple):
-    """In place of a tensor whose address has been seen to."""
-
-    dtype: torch.dtype
-
-    def data_ptr(self) -> int:
-        return 0
-
-
 @planned
 def _plan(
     rows: int,
@@ -227,20 +228,13 @@ def _plan(
     return _Plan(
         (min(tiles, _multiprocessors(device)) if config["PERSISTENT"] else tiles,),
         *split(config, {"STRIDE_W": stride_w, "BIAS": bias, "EVEN_K": channels % block_k == 0}),
-        # a descriptor checks its fields each time one is made, a third of a call's time; these are made once
-        tuple(vars(TensorDescriptor(_Aligned(dtype), *fields)) for fields in blocks),
+        tuple(descriptor_fields(dtype, *fields) for fields in blocks),
     )
 
 
 def _multiprocessors(device: torch.device) -> int:
     # an H200's, where there is none
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
-
-
-def _descriptor(fields: dict[str, Any], tensor: Tensor) -> TensorDescriptor:
-    view = TensorDescriptor.__new__(TensorDescriptor)
-    view.__dict__.update(fields, base=tensor)
-    return view
 
 
 def takes(rows: Tensor, w_up: Tensor) -> bool:
@@ -259,7 +253,7 @@ def swiglu_mlp_fwd(x: Tensor, w_up: Tensor, b_up: Tensor | None) -> Tensor:
     how = _plan(*sizes, w_up.stride(0), b_up is not None, x.dtype, x.device, aligned)
     tensors = (x, w_up, hidden)
     if how.descriptors:
-        tensors = tuple(_descriptor(fields, tensor) for fields, tensor in zip(how.descriptors, tensors, strict=True))
+        tensors = tuple(descriptor(fields, tensor) for fields, tensor in zip(how.descriptors, tensors, strict=True))
     # without a bias, any tensor in its place: `start` asks the first for its device
     args = (*tensors[:2], hidden if b_up is None else b_up.contiguous(), tensors[2], *sizes)
     start(Launch(swiglu_mlp_fwd_kernel, how.grid, args, how.constants, how.options))
