@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 # colours that differ in brightness too, for those who do not see them all
 OURS, OTHERS = "#c2410c", ("#1e3a8a", "#60a5fa", "#0f766e", "#a3a3a3", "#7c3aed")
@@ -55,7 +57,7 @@ def roofline(cases: list[dict[str, Any]], roofs: dict[str, Any], path: Path) -> 
                     markersize=6,
                     alpha=0.8,
                 )
-            axis.set(title=dtype, xlabel="FLOPs per byte that must be moved", xlim=(0.1, 5e4), ylim=(1, 4 * peak))
+            axis.set(title=dtype, xlabel="FLOPs per byte that must be moved", xlim=(0.1, 5e4), ylim=(1, 8 * peak))
         axes[0].set_ylabel("GFLOP/s, one thread")
         handles, labels = axes[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=5)
@@ -84,8 +86,7 @@ def providers(groups: list[dict[str, Any]], path: Path) -> None:
                     axis.barh(row - 0.4 + (index + 0.5) * height, ratio, height, color=colours[name], label=name)
             axis.axvline(1, color=OURS, linewidth=2, label="vlmkern")
             axis.set_yticks(range(len(found)), [group["label"] for group in found], fontsize=7)
-            axis.invert_yaxis()
-            axis.set(title=dtype, xlabel="times vlmkern's CPU time", xlim=(0, None))
+            axis.set(title=dtype, xlabel="times vlmkern's CPU time", xlim=(0, None), ylim=(len(found) - 0.4, -0.6))
             axis.grid(axis="y", visible=False)
         handles = {
             label: handle for axis in axes[0] for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
@@ -124,7 +125,11 @@ def scaling(curves: list[dict[str, Any]], path: Path) -> None:
         for axis, curve in zip(axes.flat, curves, strict=False):
             axis.loglog(curve["x"], curve["y"], "o-", color=OURS, markersize=3.5)
             axis.set(xlabel=curve["unit_x"], ylabel=curve["unit_y"])
-            axis.set_title(f"{curve['what']}\nexponent {curve['exponent']:.2f}", fontsize=8.5)
+            axis.set_title(f"{textwrap.fill(curve['what'], 40)}\nexponent {curve['exponent']:.2f}", fontsize=8.5)
+            for scale in (axis.xaxis, axis.yaxis):
+                scale.set_major_locator(LogLocator(subs=(1, 2, 5)))
+                scale.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+                scale.set_minor_formatter(NullFormatter())
         for axis in list(axes.flat)[len(curves) :]:
             axis.set_visible(False)
         _save(figure, path)
