@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .. import ops
+from . import functional
 
 
 class TileAttention(nn.Module):
@@ -39,7 +39,12 @@ class TileAttention(nn.Module):
     ) -> Tensor:
         """x [B, N, C], or packed [T, C] with `cu_seqlens` and `max_seqlen` -> the same shape, plus `residual`."""
         bias = torch.cat([self.q_b, self.k_b, self.v_b])
-        qkv = ops.linear(x, self.qkv_w.weight, bias).unflatten(-1, (3, self.num_heads, self.head_dim))
-        q, k, v = qkv.unbind(-3)
-        attended = ops.attention(q, k, v, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen).flatten(-2)
-        return ops.linear(attended, self.out.weight, self.out.bias, residual=residual)
+        return functional.self_attention(
+            x,
+            [(self.qkv_w.weight, bias)],
+            (self.out.weight, self.out.bias),
+            self.num_heads,
+            cu_seqlens=cu_seqlens,
+            max_seqlen=max_seqlen,
+            residual=residual,
+        )

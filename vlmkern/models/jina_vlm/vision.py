@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ... import ops
-from ...nn import TileAttention, VisionLanguageConnector
+from ...nn import TileAttention, VisionLanguageConnector, functional
 from .config import JinaVLMConfig, VisionConfig
 
 # what batches fill missing crops with; a black tile looks the same after min-max normalisation
@@ -32,9 +32,9 @@ class VisionMLP(nn.Module):
         self.up = nn.Linear(config.hidden_size, config.mlp_size)
         self.down = nn.Linear(config.mlp_size, config.hidden_size)
 
-    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
-        hidden = ops.linear(x, self.up.weight, self.up.bias, activation="gelu_tanh")
-        return ops.linear(hidden, self.down.weight, self.down.bias, residual=residual)
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        up, down = (self.up.weight, self.up.bias), (self.down.weight, self.down.bias)
+        return functional.mlp(x, up, down, "gelu_tanh", residual)
 
 
 class VisionBlock(nn.Module):
@@ -48,13 +48,13 @@ class VisionBlock(nn.Module):
         self.ffn = VisionMLP(config)
 
     def forward(self, x: Tensor) -> Tensor:
-        if not x.is_cuda:
-            # on CPUs the product before adds the residual in its epilogue, which takes no pass of its own
-            x = self.attn(self.attn_lnorm(x), residual=x)
-            return self.ffn(self.ffn_lnorm(x), residual=x)
-        norm = self.ffn_lnorm
-        normed, x = ops.add_layer_norm(self.attn(self.attn_lnorm(x)), x, norm.weight, norm.bias, eps=norm.eps)
-        return self.ffn(normed, residual=x)
+        return functional.pre_norm_block(
+            x,
+            self.attn_lnorm,
+            lambda normed, residual: self.attn(normed, residual=residual),
+            self.ffn_lnorm,
+            self.ffn,
+        )
 
 
 class VisionModel(nn.Module):
