@@ -52,7 +52,7 @@ def mlp(x: Tensor, up: Projection, down: Projection, activation: str, residual: 
 
 
 def swiglu(x: Tensor, gate: Projection, value: Projection, down: Projection) -> Tensor:
-    """down(silu(gate(x)) * value(x)) for x [..., C]; of weights that are kept apart, which `ops.swiglu_mlp` has as one."""
+    """down(silu(gate(x)) * value(x)) for x [..., C]: `ops.swiglu_mlp` for weights that are kept apart."""
     hidden = ops.linear(x, *gate, activation="silu") * ops.linear(x, *value)
     return ops.linear(hidden, *down)
 
