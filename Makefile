@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 NATIVE := CMakeLists.txt $(shell find csrc -type f)
 
-.PHONY: setup demo test bench report bench-compare gpu sanitize lint format dist clean
+.PHONY: setup demo test test-compat bench report bench-compare gpu sanitize lint format dist clean
 
 setup: $(STAMP)
 
@@ -22,6 +22,17 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest
+
+# the transformers tests with the oldest version that is supported, installed beside the others
+COMPAT := build/compat
+$(COMPAT)/.installed: pyproject.toml | $(STAMP)
+	rm -rf $(COMPAT)
+	$(BIN)/python -m pip install --quiet --no-deps --target $(COMPAT) \
+	  'transformers==4.57.*' 'huggingface_hub>=0.34,<1.0' 'tokenizers>=0.22,<=0.23.0' 'kernels==0.10.*'
+	touch $@
+
+test-compat: setup $(COMPAT)/.installed
+	PYTHONPATH=$(COMPAT) $(BIN)/python -m pytest tests/test_transformers_patch.py tests/test_transformers_agreement.py
 
 bench: setup
 	mkdir -p bench/out

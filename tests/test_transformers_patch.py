@@ -1,0 +1,439 @@
+"""`vlmkern.integrations.transformers`: transformers' models with vlmkern's ops in them, against themselves without."""
+
+import copy
+import io
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+from jina_remote import Vision
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from vlmkern import nn as vlmkern_nn
+
+transformers = pytest.importorskip("transformers")
+
+from vlmkern.integrations.transformers import patch, register, unpatch  # noqa: E402
+
+TOWER = {"hidden_size": 48, "intermediate_size": 72, "num_hidden_layers": 2, "num_attention_heads": 4, "patch_size": 14}
+TEXT = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 120,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+IMAGE = 3  # the id of an image token
+# before 5, these build a mask even where nothing is masked, and attention with a mask is left to the model
+MASKED = ("siglip2", "idefics3") if transformers.__version__.startswith("4.") else ()
+
+
+class Calls(TorchDispatchMode):
+    """Counts calls of vlmkern's ops."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "vlmkern":
+            self.names.append(func._schema.name.split("::")[1])
+        return func(*args, **(kwargs or {}))
+
+
+def siglip(**changes):
+    config = transformers.SiglipVisionConfig(**(TOWER | {"image_size": 42} | changes))
+    return transformers.SiglipVisionModel(config).eval(), {"pixel_values": torch.randn(2, 3, 42, 42)}
+
+
+def siglip2():
+    config = transformers.Siglip2VisionConfig(**TOWER, num_patches=9)
+    inputs = {
+        "pixel_values": torch.randn(2, 9, 588),
+        "pixel_attention_mask": torch.ones(2, 9, dtype=torch.long),
+        "spatial_shapes": torch.tensor([[3, 3], [3, 3]]),
+    }
+    return transformers.Siglip2VisionModel(config).eval(), inputs
+
+
+def idefics2():
+    config = transformers.Idefics2Config(
+        vision_config=TOWER | {"image_size": 42},
+        text_config=TEXT | {"model_type": "mistral"},
+        perceiver_config={"resampler_n_latents": 2, "resampler_depth": 1, "hidden_size": 32, "num_key_value_heads": 2}
+        | {"resampler_n_heads": 4, "resampler_head_dim": 8},
+        image_token_id=IMAGE,
+    )
+    return transformers.Idefics2ForConditionalGeneration(config).eval(), {
+        "input_ids": torch.tensor([[5, IMAGE, IMAGE, 7, 9]]),
+        "pixel_values": torch.randn(1, 1, 3, 42, 42),
+    }
+
+
+def idefics3():
+    config = transformers.Idefics3Config(
+        vision_config=TOWER | {"image_size": 56},
+        text_config=TEXT | {"model_type": "llama"},
+        scale_factor=2,
+        image_token_id=IMAGE,
+    )
+    return transformers.Idefics3ForConditionalGeneration(config).eval(), {
+        "input_ids": torch.tensor([[5, *[IMAGE] * 4, 7, 9]]),
+        "pixel_values": torch.randn(1, 1, 3, 56, 56),
+    }
+
+
+def paligemma():
+    config = transformers.PaliGemmaConfig(
+        vision_config=TOWER | {"model_type": "siglip_vision_model", "image_size": 42, "vision_use_head": False},
+        text_config=TEXT | {"model_type": "gemma", "head_dim": 8},
+        projection_dim=32,
+        image_token_index=IMAGE,
+    )
+    return transformers.PaliGemmaForConditionalGeneration(config).eval(), {
+        "input_ids": torch.tensor([[*[IMAGE] * 9, 1, 5, 7]]),
+        "pixel_values": torch.randn(1, 3, 42, 42),
+        "attention_mask": torch.ones(1, 12, dtype=torch.long),
+        "token_type_ids": torch.zeros(1, 12, dtype=torch.long),
+    }
+
+
+def llava_next():
+    config = transformers.LlavaNextConfig(
+        vision_config=TOWER | {"model_type": "siglip_vision_model", "image_size": 42},
+        text_config=TEXT | {"model_type": "llama"},
+        image_grid_pinpoints=[[42, 42]],
+        image_token_index=IMAGE,
+        vision_feature_select_strategy="full",
+    )
+    return transformers.LlavaNextForConditionalGeneration(config).eval(), {
+        # 9 tokens of the picture, 9 of its one tile and 3 ends of line
+        "input_ids": torch.tensor([[5, *[IMAGE] * 21, 7]]),
+        "pixel_values": torch.randn(1, 2, 3, 42, 42),
+        "image_sizes": torch.tensor([[42, 42]]),
+    }
+
+
+def qwen3():
+    config = transformers.Qwen3Config(**TEXT, head_dim=8)
+    return transformers.Qwen3ForCausalLM(config).eval(), {"input_ids": torch.randint(4, 120, (2, 7))}
+
+
+# per model: how many modules of each kind are swapped (attention, MLPs, blocks)
+MODELS = {
+    siglip: (2, 3, 2),
+    siglip2: (2, 3, 2),
+    idefics2: (2, 2 + 2 + 2, 2),  # tower, text, projection and resampler
+    idefics3: (2, 2 + 2, 2),
+    paligemma: (2, 2, 2),  # gemma's gate is a GELU
+    llava_next: (2, 2 + 2 + 1, 2),
+    qwen3: (0, 2, 0),
+}
+
+
+def outputs(model, inputs):
+    with torch.no_grad():
+        result = model(**inputs)
+    return result.logits if "logits" in result else result.last_hidden_state
+
+
+@pytest.mark.parametrize("build", MODELS, ids=lambda build: build.__name__)
+def test_results_stay(build):
+    model, inputs = build()
+    before, keys = outputs(model, inputs), list(model.state_dict())
+    report = patch(model)
+    kinds = [sum(word in what for what in report.values()) for word in ("attention on", "linear", "block")]
+    assert (kinds[0], kinds[1] - kinds[0], kinds[2]) == MODELS[build], str(report)
+    with Calls() as calls:
+        after = outputs(model, inputs)
+    assert calls.names.count("attention") == (0 if build.__name__ in MASKED else MODELS[build][0])
+    assert calls.names.count("linear") >= 2 * MODELS[build][1]
+    assert (after - before).abs().max() <= 1e-5 * before.abs().max()
+    assert list(model.state_dict()) == keys
+
+    # again: nothing to do; undone: to the bit
+    again = patch(model)
+    assert not again and all(name in again.passed_over for name in report)
+    assert unpatch(model) == len(report) and unpatch(model) == 0
+    with Calls() as calls:
+        assert torch.equal(outputs(model, inputs), before)
+    assert not calls.names
+
+
+@pytest.mark.parametrize("build", [idefics2, idefics3, paligemma, llava_next, qwen3], ids=lambda build: build.__name__)
+def test_generation_stays(build):
+    model, inputs = build()
+    options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    before = model.generate(**inputs, **options)
+    patch(model)
+    assert torch.equal(model.generate(**inputs, **options), before)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision(dtype):
+    model, inputs = siglip()
+    exact = outputs(model, inputs)
+    model, inputs = model.to(dtype), {"pixel_values": inputs["pixel_values"].to(dtype)}
+    before = outputs(model, inputs)
+    patch(model)
+    error, limit = ((t.float() - exact).abs().max() for t in (outputs(model, inputs), before))
+    assert error <= 2 * limit
+
+
+def test_gradients_stay():
+    model, inputs = siglip()
+    twin = copy.deepcopy(model)
+    patch(twin)
+    for each in (model, twin):
+        each.train()
+        each(**inputs).pooler_output.square().sum().backward()
+    for (name, expected), (_, actual) in zip(model.named_parameters(), twin.named_parameters(), strict=True):
+        torch.testing.assert_close(actual.grad, expected.grad, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_gradient_checkpointing():
+    model, inputs = siglip()
+    patch(model)
+    model.train()
+    model(**inputs).last_hidden_state.square().sum().backward()
+    expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    model.gradient_checkpointing_enable()
+    with Calls() as calls:
+        model(**inputs).last_hidden_state.square().sum().backward()
+    assert calls.names.count("attention") == 4  # each block forward twice
+    for name, p in model.named_parameters():
+        if p.grad is not None:
+            torch.testing.assert_close(p.grad, expected[name])
+
+
+def test_saved_copied_and_moved(tmp_path):
+    model, inputs = siglip()
+    patch(model)
+    before = outputs(model, inputs)
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    assert torch.allclose(outputs(torch.load(file, weights_only=False), inputs), before, atol=1e-5)
+
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        for p in twin.parameters():
+            p.zero_()
+    # a copy runs on its own weights
+    assert outputs(twin, inputs).abs().max() == 0 and torch.equal(outputs(model, inputs), before)
+
+    model.save_pretrained(tmp_path)
+    loaded = transformers.SiglipVisionModel.from_pretrained(tmp_path).eval()
+    assert torch.allclose(outputs(loaded, inputs), before, atol=1e-5)
+
+    wide = model.to(torch.float64)
+    with Calls() as calls:
+        outputs(wide, {"pixel_values": inputs["pixel_values"].double()})
+    assert not calls.names  # left to the original forward
+    with Calls() as calls:
+        assert torch.allclose(outputs(model.to(torch.float32), inputs), before, atol=1e-5)
+    assert calls.names
+
+
+def test_what_is_asked_beside_the_result():
+    model, inputs = siglip(attn_implementation="eager")
+    wanted = {"output_attentions": True, "output_hidden_states": True}
+    with torch.no_grad():
+        before = model(**inputs, **wanted)
+        patch(model)
+        after = model(**inputs, **wanted)
+    for name in ("attentions", "hidden_states"):
+        for a, b in zip(getattr(after, name), getattr(before, name), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_masks_go_to_the_original():
+    model, inputs = siglip2()
+    inputs["pixel_attention_mask"][1, 6:] = 0
+    inputs["spatial_shapes"][1, 0] = 2
+    before = outputs(model, inputs)
+    patch(model)
+    with Calls() as calls:
+        after = outputs(model, inputs)
+    assert "attention" not in calls.names and "linear" in calls.names
+    torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-5)
+
+
+def test_dropout_in_training_goes_to_the_original():
+    model, inputs = siglip(attention_dropout=0.5)
+    patch(model)
+    with Calls() as calls:
+        model.train()(**inputs)
+    assert "attention" not in calls.names
+    with Calls() as calls:
+        model.eval()(**inputs)
+    assert "attention" in calls.names
+
+
+def test_hooks_run():
+    model, inputs = siglip()
+    patch(model)
+    seen = []
+    layer = next(module for module in model.modules() if type(module).__name__ == "SiglipEncoderLayer")
+    for module in (layer, layer.self_attn, layer.self_attn.q_proj, layer.mlp.fc1):
+        module.register_forward_hook(lambda module, *_: seen.append(type(module).__name__))
+    outputs(model, inputs)
+    assert seen == ["Linear", "SiglipAttention", "Linear", "SiglipEncoderLayer"]
+
+
+def test_adapters_stay():
+    peft = pytest.importorskip("peft")
+    model, inputs = siglip()
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj", "fc2"], init_lora_weights=False))
+    adapted.eval()
+    before = outputs(adapted, inputs)
+    report = patch(adapted)
+    assert not any("layers.0" in name for name in report)
+    reasons = {name.split(".")[-1]: reason for name, reason in report.passed_over.items() if "layers.0." in name}
+    assert "q_proj is a peft" in reasons["self_attn"] and "fc2 is a peft" in reasons["mlp"]
+    torch.testing.assert_close(outputs(adapted, inputs), before, rtol=1e-5, atol=1e-5)
+
+    # an adapter that comes after the swap is found when the module is called
+    model, inputs = siglip()
+    patch(model)
+    plain = outputs(model, inputs)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj", "fc2"], init_lora_weights=False))
+    adapted.eval()
+    after = outputs(adapted, inputs)
+    assert not torch.allclose(after, plain, atol=1e-3)
+    unpatch(adapted)
+    torch.testing.assert_close(after, outputs(adapted, inputs), rtol=1e-5, atol=1e-5)
+
+
+def test_jina_vlm_from_remote_code():
+    model = Vision().eval()
+    inputs = {"patches": torch.randn(1, 3, 15, 24), "masks": torch.tensor([0, 1, -1, 0.5, 1]).repeat(9).view(1, 3, 15)}
+    with torch.no_grad():
+        before = model(**inputs)
+    report = patch(model)
+    assert sorted(report.swapped.values()) == sorted(
+        ["attention on vlmkern.ops.attention and linear"] * 2
+        + ["MLP on vlmkern.ops.linear", "block with fused residuals"] * 2
+        + ["connector on vlmkern.ops.attention_pool", "SwiGLU on vlmkern.ops.swiglu_mlp"]
+    )
+    with torch.no_grad(), Calls() as calls:
+        after = model(**inputs)
+    assert calls.names.count("attention") == 2 and {"attention_pool", "swiglu_mlp"} <= set(calls.names)
+    torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-5)
+    unpatch(model)
+    with torch.no_grad():
+        assert torch.equal(model(**inputs), before)
+
+
+def test_modules_of_another_formula_stay():
+    class Other(nn.Module):
+        """Children like a SwiGLU MLP's, but the gate is the other one."""
+
+        def __init__(self):
+            super().__init__()
+            self.gate_proj, self.up_proj, self.down_proj = nn.Linear(8, 12), nn.Linear(8, 12), nn.Linear(12, 8)
+            self.act_fn = nn.SiLU()
+
+        def forward(self, x):
+            return self.down_proj(self.gate_proj(x) * self.act_fn(self.up_proj(x)))
+
+    model, x = Other(), torch.randn(3, 8)
+    before = model(x)
+    report = patch(model)
+    assert not report and report.passed_over == {"Other": "its result differs from that of the ops"}
+    assert torch.equal(model(x), before) and "forward" not in model.__dict__
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda model: model.to(torch.float64), "torch.float64 has no kernels"),
+        (lambda model: model.to("meta"), "no kernels for meta"),
+        (lambda model: setattr(model.encoder.layers[0].mlp, "activation_fn", nn.ReLU()), "ReLU, has no kernel"),
+    ],
+    ids=["dtype", "device", "activation"],
+)
+def test_left_alone_and_reported(change, reason):
+    model, _ = siglip()
+    body = getattr(model, "vision_model", model)
+    change(body)
+    report = patch(model)
+    assert any(reason in why for why in report.passed_over.values()), str(report)
+    assert reason in str(report)
+
+
+def test_nothing_to_patch():
+    report = patch(nn.Sequential(nn.Linear(3, 3), nn.ReLU()))
+    assert not report and not report.passed_over and str(report) == "0 modules swapped, 0 passed over"
+    # modules of this package run on the ops as they are
+    assert not patch(vlmkern_nn.TileAttention(8, 1, 8)).passed_over
+    with pytest.raises(TypeError, match="model: got str, expected"):
+        patch("siglip")
+
+
+def test_compiles():
+    model, inputs = siglip()
+    before = outputs(model, inputs)
+    patch(model)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        after = compiled(**inputs).last_hidden_state
+    torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-5)
+
+
+def test_registered_attention():
+    register()
+    register()
+    model, inputs = siglip()
+    before = outputs(model, inputs)
+    model.set_attn_implementation("vlmkern")
+    with Calls() as calls, warnings.catch_warnings():
+        warnings.simplefilter("error")
+        after = outputs(model, inputs)
+    # with the pooling head's where it goes through the interface too
+    assert calls.names.count("attention") >= 2
+    torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-5)
+
+    model, inputs = qwen3()
+    before = outputs(model, inputs)
+    model.set_attn_implementation("vlmkern")
+    with pytest.warns(UserWarning, match="Qwen3Attention runs on sdpa, as it is causal") as caught:
+        after = outputs(model, inputs)
+        outputs(model, inputs)
+    assert len([w for w in caught if "vlmkern" in str(w.message)]) == 1
+    assert torch.equal(after, before)
+
+
+def test_registered_attention_in_a_vision_language_model():
+    register()
+    model, inputs = idefics3()
+    before = outputs(model, inputs)
+    model.set_attn_implementation({"vision_config": "vlmkern", "text_config": "sdpa"})
+    with Calls() as calls:
+        after = outputs(model, inputs)
+    assert calls.names.count("attention") == (0 if "idefics3" in MASKED else 2)
+    torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-5)
+
+
+def test_without_transformers():
+    program = (
+        "import importlib.metadata as metadata, sys\n"
+        "version = metadata.version\n"
+        "def without(name):\n"
+        "    if name == 'transformers': raise metadata.PackageNotFoundError(name)\n"
+        "    return version(name)\n"
+        "metadata.version = without\n"
+        "try:\n    import vlmkern.integrations.transformers\n"
+        "except ImportError as error:\n    print(error)\n"
+        "import vlmkern\nassert 'transformers' not in sys.modules\n"
+    )
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert "pip install 'vlmkern[transformers]'" in run.stdout
