@@ -229,7 +229,8 @@ class JinaVLM(nn.Module):
             )
         row = torch.arange(batch, device=target.device).unsqueeze(1)
         flat_target = (target + row * tokens).flatten()[keep]
-        rows = self._encode(crops, image_masks, keep)
+        # under autocast the connector's rows are of the lower precision, embeddings of the weights'
+        rows = self._encode(crops, image_masks, keep).to(embeds.dtype)
         return embeds.flatten(0, 1).index_add(0, flat_target, rows).view_as(embeds)
 
     def _encode(self, crops: Tensor, image_masks: Tensor, keep: Tensor | None) -> Tensor:
