@@ -14,7 +14,7 @@ from vlmkern.models.jina_vlm.training import FINAL, PAPER, learning_rate_factor,
 from vlmkern.nn import VisionLanguageConnector
 
 
-def trained(backend, steps=40, **options):
+def trained(backend, steps=60, **options):
     model = JinaVLM.random(colours.tiny_config(), seed=0)
     with use_backend(backend):
         losses = colours.train(model, steps, **options)
@@ -28,7 +28,7 @@ def reference():
 
 def test_learns_what_the_reference_learns(reference):
     model, losses = trained("auto")
-    assert losses[0] > 2 and losses[-1] < 0.25
+    assert losses[0] > 2 and losses[-1] < 0.1
     # float32 sums in another order: the curves part by rounding, which training amplifies
     for ours, theirs in zip(losses, reference, strict=True):
         assert abs(ours - theirs) <= 2e-3 + 0.01 * theirs
@@ -37,7 +37,7 @@ def test_learns_what_the_reference_learns(reference):
 
 def test_learns_in_mixed_precision(reference):
     model, losses = trained("auto", autocast=True)
-    assert losses[-1] < 0.25
+    assert losses[-1] < 0.1
     assert abs(sum(losses) - sum(reference)) <= 0.15 * sum(reference)
     assert all(p.dtype == torch.float32 for p in model.parameters())
 
