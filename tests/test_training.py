@@ -14,7 +14,7 @@ from vlmkern.models.jina_vlm.training import FINAL, PAPER, learning_rate_factor,
 from vlmkern.nn import VisionLanguageConnector
 
 
-def trained(backend, steps=60, **options):
+def trained(backend, steps=80, **options):
     model = JinaVLM.random(colours.tiny_config(), seed=0)
     with use_backend(backend):
         losses = colours.train(model, steps, **options)

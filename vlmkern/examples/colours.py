@@ -1,6 +1,6 @@
 """A tiny jina-vlm learns, from random weights, to read out the colours of a picture's tiles.
 
-python -m vlmkern.examples.colours [--steps 60] [--backend auto] [--autocast] [--seed 0]
+python -m vlmkern.examples.colours [--steps 80] [--backend auto] [--autocast] [--seed 0]
 
 Pictures are two squares side by side, each of one of four colours; they go through the real image processor (thumbnail,
 tiles, image tokens) and the prompt's answer is one token for each square, left to right. All ops run forward and
@@ -36,7 +36,7 @@ _SIDE = 112
 _VOCABULARY = 16
 _BOS, _FIRST_COLOUR = 0, 4
 # far above the paper's, for a model of 10^5 parameters; the paper's relations and warm-ups stay
-_FASTER = {"tower": 300, "connector": 20, "decoder": 150}
+_FASTER = {"tower": 150, "connector": 10, "decoder": 150}
 
 
 def tiny_config() -> JinaVLMConfig:
@@ -141,7 +141,7 @@ def accuracy(model: JinaVLM, seed: int, batches: int = 4) -> float:
 def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--steps", type=int, default=80)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--backend", default="auto", help="as in vlmkern.use_backend")
     parser.add_argument("--autocast", action="store_true", help="bfloat16 products, float32 weights")
