@@ -103,7 +103,8 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
       py::arg("dtype"), py::arg("q"), py::arg("k"), py::arg("v"), py::arg("q_strides"), py::arg("k_strides"), py::arg("v_strides"),
       py::arg("out"), py::arg("lse"), py::arg("batch"), py::arg("tokens"), py::arg("heads"), py::arg("head_dim"), py::arg("cu_seqlens"),
       py::arg("segments"), py::arg("scale"), py::arg("threads"));
-  py::class_<PoolProblem>(m, "AttentionPool", "Addresses and sizes only: the caller keeps the tensors alive")
+  py::class_<PoolProblem>(m, "AttentionPool", py::module_local(),
+                          "Addresses and sizes only: the caller keeps the tensors alive")
       .def(py::init<int, const std::vector<PoolProblem::Feature>&, int64_t, int64_t, std::array<int64_t, 2>, std::array<int64_t, 2>, uintptr_t,
                     uintptr_t, uintptr_t, int64_t>(),
            py::arg("dtype"), py::arg("features"), py::arg("tiles"), py::arg("channels"), py::arg("grid"), py::arg("window"), py::arg("pad"),

@@ -156,7 +156,7 @@ class _NoDevice:
 
 def _kernels() -> Iterator[tuple[str, Any]]:
     for module in MODULES:
-        for kernel in importlib.import_module(f"vlmkern.kernels.{module}").KERNELS:
+        for kernel in importlib.import_module(f".kernels.{module}", __package__).KERNELS:
             yield module, kernel
 
 

@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from PIL import Image, ImageDraw, ImageFont
 
-from vlmkern.images import load_image
+from .images import load_image
 
 if TYPE_CHECKING:
     import os
 
-    from vlmkern.images import ImageSource
-    from vlmkern.models.jina_vlm.image_processor import JinaVLMImageProcessor
-    from vlmkern.models.jina_vlm.tiling import Span, TilePlan, TilingGeometry
+    from .images import ImageSource
+    from .models.jina_vlm.image_processor import JinaVLMImageProcessor
+    from .models.jina_vlm.tiling import Span, TilePlan, TilingGeometry
 
 __all__ = ["draw_crop", "draw_tiling"]
 

@@ -44,7 +44,7 @@ def kernels(name: str | None = None) -> list[Kernel]:
     found = [
         kernel
         for module in MODULES
-        for kernel in importlib.import_module(f"vlmkern.kernels.{module}").KERNELS
+        for kernel in importlib.import_module(f".kernels.{module}", __package__).KERNELS
         if name in (None, kernel.name)
     ]
     if not found:

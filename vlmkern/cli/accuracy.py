@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .. import use_backend
+from .._ops import NAMESPACE
 from ..models.jina_vlm import JinaVLM
 
 # rows of the projector's input that are kept: enough for a maximum, little enough for float32 in a second
@@ -89,7 +90,7 @@ class _RecordedOps(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if func.namespace == "vlmkern":
+        if func.namespace == NAMESPACE:
             self.calls.append((func, args, result))
         return result
 

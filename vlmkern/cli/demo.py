@@ -43,7 +43,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     directory."""
     started = time.perf_counter()
     progress = Console(stderr=True)
-    source = options.image or str(resources.files("vlmkern") / "data" / "raccoon.jpg")
+    source = options.image or str(resources.files(__package__.rpartition(".")[0]) / "data" / "raccoon.jpg")
     image = load_image(source)
     report_dir = Path(options.report)
     report_dir.mkdir(parents=True, exist_ok=True)

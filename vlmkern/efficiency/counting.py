@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from .._ops import ops
 from ..models.jina_vlm import JinaVLM, JinaVLMConfig
 from ..models.jina_vlm.cache import KVCache
 from ..models.jina_vlm.tiling import TilePlan
@@ -41,7 +42,6 @@ def register_formulas() -> None:
     """Tells torch.utils.flop_counter what vlmkern's ops cost, for any FlopCounterMode from then on."""
     from torch.utils.flop_counter import register_flop_formula
 
-    ops = torch.ops.vlmkern
     for op, formula in (
         (ops.attention, _attention),
         (ops.attention_bwd, _attention_bwd),

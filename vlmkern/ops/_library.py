@@ -16,8 +16,9 @@ from typing import Any
 import torch
 
 from .. import _backends
+from .._ops import add_op_namespace_prefix, library
+from .._ops import ops as registered
 
-_lib = torch.library.Library("vlmkern", "FRAGMENT")
 _AUTOCAST = (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA"))
 _autocast_keys = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU).add(torch._C.DispatchKey.AutocastCUDA)
 
@@ -43,7 +44,7 @@ def define(
         check_values: raises on wrong values inside index tensors. Runs on CPU tensors, and on others
             when VLMKERN_CHECK=1, because reading values stalls a GPU.
     """
-    _lib.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
+    library.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
     _backends.register(name, implementations)
 
     def fake_impl(*args: Any) -> Any:
@@ -59,9 +60,9 @@ def define(
             check_values(*args)
         return _backends.run(name, device, args)
 
-    _lib.impl(name, real_impl, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"vlmkern::{name}", fake_impl, lib=_lib)
-    return getattr(torch.ops.vlmkern, name).default
+    library.impl(name, real_impl, "CompositeExplicitAutograd")
+    torch.library.register_fake(add_op_namespace_prefix(name), fake_impl, lib=library)
+    return getattr(registered, name).default
 
 
 def lazy(module: str, name: str) -> Callable[..., Any]:
@@ -69,7 +70,7 @@ def lazy(module: str, name: str) -> Callable[..., Any]:
 
     @functools.cache
     def target() -> Callable[..., Any]:
-        return getattr(importlib.import_module(f"vlmkern.{module}"), name)
+        return getattr(importlib.import_module(f"..{module}", __package__), name)
 
     return lambda *args: target()(*args)
 
@@ -96,7 +97,7 @@ def autocast(op: torch._ops.OpOverload, *, keep: Sequence[str] = ()) -> None:
             with torch._C._ExcludeDispatchKeyGuard(_autocast_keys):
                 return op(*cast_args)
 
-        _lib.impl(op._schema.name.split("::")[1], impl, key)
+        library.impl(op._schema.name.split("::")[1], impl, key)
 
     for device_type, key in _AUTOCAST:
         register(device_type, key)
@@ -116,7 +117,7 @@ def differentiable(
         with _backends.use_backend(ctx.vlmkern_backend):
             return backward(ctx, *grads)
 
-    torch.library.register_autograd(op, run_backward, setup_context=setup, lib=_lib)
+    torch.library.register_autograd(op, run_backward, setup_context=setup, lib=library)
 
 
 def not_differentiable(op: torch._ops.OpOverload) -> None:
@@ -127,7 +128,7 @@ def not_differentiable(op: torch._ops.OpOverload) -> None:
             f"{op._schema.name} is not differentiable: vlmkern ops support first-order gradients only"
         )
 
-    torch.library.register_autograd(op, backward, lib=_lib)
+    torch.library.register_autograd(op, backward, lib=library)
 
 
 def _device(args: Sequence[Any]) -> torch.device:

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from vlmkern.images import rgb_array
-from vlmkern.models.jina_vlm.tiling import (
+from ...images import rgb_array
+from .tiling import (
     Span,
     TilePlan,
     TilingGeometry,
@@ -26,7 +26,7 @@ from vlmkern.models.jina_vlm.tiling import (
 if TYPE_CHECKING:
     import os
 
-    from vlmkern.images import ImageSource
+    from ...images import ImageSource
 
 DROPPED = -10_000
 """Target position of a pooled window that becomes no token."""

@@ -15,12 +15,12 @@ import torch
 from tokenizers import Tokenizer
 from torch.nn.utils.rnn import pad_sequence
 
-from vlmkern.models.jina_vlm.image_processor import DROPPED, JinaVLMImageProcessor, read_json
+from .image_processor import DROPPED, JinaVLMImageProcessor, read_json
 
 if TYPE_CHECKING:
     import os
 
-    from vlmkern.images import ImageSource
+    from ...images import ImageSource
 
 # the names under which a released tokenizer holds the ids that the image processor writes
 _TOKEN_NAMES = {
