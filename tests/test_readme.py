@@ -30,6 +30,18 @@ def test_the_model_example_names_what_exists(checkpoint_dir):
         assert hasattr(JinaVLMProcessor, name)
 
 
+def test_the_transformers_example_runs():
+    scope = {}
+    exec(code_blocks()[2], scope)
+    assert len(scope["report"]) == 3 * 12 + 1  # twelve blocks of three modules, and the pooling head's MLP
+
+
+def test_the_training_example_runs():
+    scope = {}
+    exec(code_blocks()[3], scope)
+    assert [group["name"] for group in scope["optimizer"].param_groups] == ["tower", "connector", "decoder"]
+
+
 def test_the_op_table_is_complete():
     table = {op for op in vlmkern.backends()["reference"]["ops"] if not op.endswith("_bwd")}
     assert set(re.findall(r"^\| `(\w+)` \|", README, re.MULTILINE)) >= table
