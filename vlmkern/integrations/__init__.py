@@ -1,0 +1,1 @@
+"""vlmkern inside other libraries; each module imports the library it is named after, and only when it is used."""
