@@ -46,17 +46,14 @@ class JvlmConfig(PretrainedConfig):
         ids = {"bos_token_id": sizes.bos_token_id, "eos_token_id": list(eos) if isinstance(eos, tuple) else eos}
         for key in (*ids, "tie_word_embeddings"):
             kwargs.pop(key, None)
-        super().__init__(tie_word_embeddings=False, **ids, **kwargs)
+        # first, because the base class looks at the decoder when it checks the rest
         self.layout = layout
         self.text_config = _decoder(sizes, ids)
+        super().__init__(tie_word_embeddings=False, **ids, **kwargs)
 
     def sizes(self) -> JinaVLMConfig:
         """What the package's own modules are built from."""
         return JinaVLMConfig.from_dict(self.layout)
-
-    def get_text_config(self, *_: Any, **__: Any) -> Qwen3Config:
-        """The decoder, whatever part is asked for."""
-        return self.text_config
 
 
 def _decoder(sizes: JinaVLMConfig, ids: dict[str, Any]) -> Qwen3Config:
