@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 from vllm import LLM, SamplingParams
+from vllm.lora.request import LoRARequest
 
 
 def request(job: dict) -> dict:
@@ -29,7 +30,8 @@ def main() -> None:
     greedy = SamplingParams(temperature=0, max_tokens=8, logprobs=0, ignore_eos=True)
     results = []
     for batch in spec["jobs"]:
-        outputs = llm.generate([request(job) for job in batch], greedy)
+        adapters = [LoRARequest("adapter", 1, job["adapter"]) if "adapter" in job else None for job in batch]
+        outputs = llm.generate([request(job) for job in batch], greedy, lora_request=adapters)
         results.append(
             [
                 {
