@@ -162,22 +162,15 @@ def test_an_adapter_of_the_decoder(served_checkpoint, tmp_path):
     assert adapted["tokens"] == expected
 
 
-@pytest.mark.parametrize("fault", ["missing", "unknown", "bias"])
-def test_a_wrong_checkpoint_is_refused_by_name(served_checkpoint, tmp_path, fault):
-    layer = "model.language_model.layers.1.attn"
+def test_a_wrong_checkpoint_is_refused_by_name(served_checkpoint, tmp_path):
+    """One fault through the engine; tests/test_vllm_plugin.py has the others."""
     tensors = load_file(served_checkpoint / "model.safetensors")
-    name = {"missing": f"{layer}.q_lnorm.weight", "unknown": f"{layer}.gate", "bias": f"{layer}.k_b"}[fault]
-    if fault == "missing":
-        del tensors[name]
-    elif fault == "unknown":
-        tensors[name] = torch.zeros(3)
-    else:
-        tensors[name] += 1
+    name = "model.language_model.layers.1.attn.q_lnorm.weight"
+    del tensors[name]
     broken = tmp_path / "broken"
     broken.mkdir()
-    for file in served_checkpoint.iterdir():
-        if file.suffix == ".json":
-            (broken / file.name).write_bytes(file.read_bytes())
+    for file in served_checkpoint.glob("*.json"):
+        (broken / file.name).write_bytes(file.read_bytes())
     save_file(tensors, broken / "model.safetensors", {"format": "pt"})
-    with pytest.raises(AssertionError, match=f"CheckpointError: .*{name}"):
+    with pytest.raises(AssertionError, match=f"CheckpointError: 1 tensors are missing: {name}"):
         run_engine(broken, [], tmp_path, {**EAGER, **IN_PROCESS}, VLLM_ENABLE_V1_MULTIPROCESSING="0")

@@ -21,7 +21,7 @@ LIMIT = 2
 @pytest.fixture(scope="module")
 def server(served_checkpoint, tmp_path_factory):
     arguments = ["--enforce-eager", "--dtype", "float32", "--max-model-len", "4096", "--max-num-seqs", "8"]
-    limits = ["--limit-mm-per-prompt", f'{{"image": {LIMIT}}}']
+    limits = ["--limit-mm-per-prompt", f'{{"image": {LIMIT}}}', "--trust-request-mm-kwargs"]
     with serve(served_checkpoint, tmp_path_factory.mktemp("server"), *arguments, *limits) as running:
         yield running
         assert running.alive()

@@ -94,11 +94,9 @@ class JinaVLMProcessingInfo(BaseProcessingInfo):
             for rows, cols in candidate_tilings(geometry.max_crops)
         ]
         if processor.do_resize:
-            # as narrow as it takes not to be shrunk first: a tiling of one row or column needs no more
-            sizes = [
-                (min(width, processor.max_pixels // height), min(height, processor.max_pixels // width))
-                for width, height in sizes
-            ]
+            # with the longer side kept and the other as short as it takes not to be shrunk first
+            limit = processor.max_pixels
+            sizes = [(min(w, limit // h), h) if h >= w else (w, min(h, limit // w)) for w, h in sizes]
         return max((processor.plan(*size) for size in sizes), key=lambda plan: plan.patch_tokens)
 
 
