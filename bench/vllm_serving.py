@@ -52,7 +52,18 @@ from vlmkern.models.jina_vlm import (
 NEW_TOKENS = 32
 QUESTION = "What is in this picture?"
 CONCURRENT = (1, 4, 8)
-SIZES = ((64, 64), (224, 224), (378, 378), (640, 480), (900, 300), (512, 512), (100, 1000), (800, 600), (1024, 768), (1920, 1080))
+SIZES = (
+    (64, 64),
+    (224, 224),
+    (378, 378),
+    (640, 480),
+    (900, 300),
+    (512, 512),
+    (100, 1000),
+    (800, 600),
+    (1024, 768),
+    (1920, 1080),
+)
 
 
 def config() -> JinaVLMConfig:
@@ -152,7 +163,7 @@ class StandIn:
         side, patch = vision.grid[0], vision.patch_size
         pixels = crops[0].view(-1, side, side, patch, patch, 3).permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)
         states = self.tower(pixels, output_hidden_states=True).hidden_states
-        features = [states[slot + 1] for slot in vision.feature_slots]
+        features = [states[slot + 1].contiguous() for slot in vision.feature_slots]
         keep = (image_input_idx.flatten() >= 0).nonzero().squeeze(1)
         with use_backend("reference"):
             rows = self.model.model.vision_model.vl_connector(features, image_masks[0], keep)
@@ -294,7 +305,9 @@ def load(scratch: Path, total: int = 200, concurrent: int = 16) -> dict:
             for index in sample
         )
     wrong = [
-        (kind, wanted, status) for (kind, wanted, _), (status, _) in zip(requests, answers, strict=True) if status != wanted
+        (kind, wanted, status)
+        for (kind, wanted, _), (status, _) in zip(requests, answers, strict=True)
+        if status != wanted
     ]
     if wrong or changed or not alive or len(answers) != total:
         raise RuntimeError(f"alive: {alive}; answers that changed: {changed}; wrong statuses: {wrong}")

@@ -36,7 +36,9 @@ def pictures(tmp_path_factory):
 def requests(pictures):
     """Twelve requests: the stored cases, pictures of other tilings, two pictures, the same one twice."""
     stored = [oracle_prompt(case) for case in CASES]
-    others = [{"ids": [0, 7, IMAGE_ID, 50, 60 + place], "images": [pictures[name]]} for place, name in enumerate(pictures)]
+    others = [
+        {"ids": [0, 7, IMAGE_ID, 50, 60 + place], "images": [pictures[name]]} for place, name in enumerate(pictures)
+    ]
     several = [
         {"ids": [0, IMAGE_ID, 9, IMAGE_ID, 50], "images": [pictures["flipped"], pictures["378x378"]]},
         {"ids": [0, IMAGE_ID, IMAGE_ID, 50], "images": [pictures["100x500"]] * 2},
@@ -155,9 +157,7 @@ def test_an_adapter_of_the_decoder(served_checkpoint, tmp_path):
 
     engine = {**EAGER, **IN_PROCESS, "enable_lora": True, "max_lora_rank": 8}
     jobs = [[oracle_prompt("64x64")], [{**oracle_prompt("64x64"), "adapter": str(adapter)}]]
-    (plain,), (adapted,) = run_engine(
-        served_checkpoint, jobs, tmp_path, engine, VLLM_ENABLE_V1_MULTIPROCESSING="0"
-    )
+    (plain,), (adapted,) = run_engine(served_checkpoint, jobs, tmp_path, engine, VLLM_ENABLE_V1_MULTIPROCESSING="0")
     assert plain["tokens"] == oracle_tokens("64x64")
     assert adapted["tokens"] == expected
 

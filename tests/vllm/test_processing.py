@@ -113,7 +113,9 @@ def test_rows_follow_the_order_of_the_tokens(processor, model, rows, cols):
 def test_memory_is_planned_with_the_largest_input(build, settings):
     processor = build(**settings)
     images = processor.info.image_processor
-    rows_of = {images.plan(width, height).patch_tokens for width in range(40, 3400, 55) for height in range(40, 3400, 55)}
+    rows_of = {
+        images.plan(width, height).patch_tokens for width in range(40, 3400, 55) for height in range(40, 3400, 55)
+    }
     (largest,) = processor.info.get_mm_max_tokens_per_item(4096, {"image": 1}).values()
     assert largest >= max(rows_of)
     if "max_crops" not in settings:
