@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 NATIVE := CMakeLists.txt $(shell find csrc -type f)
 
-.PHONY: setup demo test test-compat bench report bench-compare gpu sanitize lint format dist clean
+.PHONY: setup demo test test-compat test-vllm bench report bench-compare gpu sanitize lint format dist clean
 
 setup: $(STAMP)
 
@@ -33,6 +33,19 @@ $(COMPAT)/.installed: pyproject.toml | $(STAMP)
 
 test-compat: setup $(COMPAT)/.installed
 	PYTHONPATH=$(COMPAT) $(BIN)/python -m pytest tests/test_transformers_patch.py tests/test_transformers_agreement.py
+
+# the vLLM plugin's tests, in an environment of their own (2.6 GB): vLLM's CPU build pins what it needs
+VLLM_VENV := .venv-vllm
+VLLM_PYTHON := $(VLLM_VENV)/bin/python
+$(VLLM_VENV)/.installed: pyproject.toml tests/vllm/install.py $(NATIVE)
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_PYTHON) -m pip install --quiet packaging
+	$(VLLM_PYTHON) tests/vllm/install.py
+	$(VLLM_PYTHON) -m pip install --quiet --no-build-isolation --no-deps -Cbuild-dir=build/vllm --editable .
+	touch $@
+
+test-vllm: $(VLLM_VENV)/.installed
+	$(VLLM_PYTHON) -m pytest tests/vllm
 
 bench: setup
 	mkdir -p bench/out
@@ -75,4 +88,4 @@ dist: setup
 	$(BIN)/python -m build --outdir dist
 
 clean:
-	rm -rf $(VENV) build dist bench/out bench/report
+	rm -rf $(VENV) $(VLLM_VENV) build dist bench/out bench/report

@@ -12,7 +12,7 @@ from . import checkpoint
 from .cache import KVCache
 from .config import JinaVLMConfig
 from .decoder import Decoder, LanguageHead
-from .vision import VisionModel, run_tower
+from .vision import VisionModel, encode_crops
 
 
 class _Body(nn.Module):
@@ -234,22 +234,8 @@ class JinaVLM(nn.Module):
         return embeds.flatten(0, 1).index_add(0, flat_target, rows).view_as(embeds)
 
     def _encode(self, crops: Tensor, image_masks: Tensor, keep: Tensor | None) -> Tensor:
-        """Rows of the kept windows [K, C], or of all [B * T, M, C]. The tower runs only on crops that are needed, and
-        once for neighbours of the same pixels, as thumbnail and tile of a 1x1 tiling are."""
-        vision, windows = self.model.vision_model, self.config.windows_per_crop
-        crops, masks = crops.flatten(0, 1), image_masks.flatten(0, 1)
-        count = crops.shape[0]
-        needed = torch.arange(count, device=crops.device) if keep is None else torch.unique(keep // windows)
-        source = _first_of_equal(crops)[needed]
-        run = torch.unique(source)
-        features = run_tower(vision, crops if len(run) == count else crops[run])
-        if len(run) < len(needed):
-            copies = torch.searchsorted(run, source)
-            features = [feature[copies] for feature in features]
-        if keep is not None and len(needed) < count:
-            masks = masks[needed]
-            keep = torch.searchsorted(needed, keep // windows) * windows + keep % windows
-        return vision.vl_connector(features, masks, keep)
+        """Rows of the kept windows [K, C], or of all [B * T, M, C]."""
+        return encode_crops(self.model.vision_model, crops.flatten(0, 1), image_masks.flatten(0, 1), keep)
 
     def _check_images(self, crops: Tensor, image_masks: Tensor, image_input_idx: Tensor | None) -> tuple[int, int]:
         vision = self.config.vision
@@ -293,12 +279,3 @@ class JinaVLM(nn.Module):
 def _kept(image_input_idx: Tensor) -> Tensor:
     """Flat indices of the windows with a non-negative index."""
     return (image_input_idx.flatten() >= 0).nonzero().squeeze(1)
-
-
-def _first_of_equal(crops: Tensor) -> Tensor:
-    """For each crop, the index of the first in its run of neighbours with the same values."""
-    index = torch.arange(len(crops), device=crops.device)
-    if len(crops) < 2:
-        return index
-    same = (crops[1:] == crops[:-1]).flatten(1).all(1)
-    return torch.cat([index[:1], index[1:].masked_fill(same, 0)]).cummax(0).values

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from ...images import ImageSource
 
 # the names under which a released tokenizer holds the ids that the image processor writes
-_TOKEN_NAMES = {
+TOKEN_NAMES = {
     "im_start_token_id": "<im_start>",
     "im_end_token_id": "<im_end>",
     "im_patch_token_id": "<im_patch>",
@@ -100,7 +100,7 @@ class JinaVLMProcessor:
         """
         config = read_json(directory, "preprocessor_config.json")
         tokenizer = _own_copy(Path(directory) / "tokenizer.json")
-        for key, name in _TOKEN_NAMES.items():
+        for key, name in TOKEN_NAMES.items():
             if config.get(key) is None:
                 config[key] = tokenizer.token_to_id(name)
         template = Path(directory) / "chat_template.jinja"

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
 from ... import ops
 from ...nn import TileAttention, VisionLanguageConnector, functional
+from ...reference.attention_pool import windows_per_tile
 from .config import JinaVLMConfig, VisionConfig
 
 # what batches fill missing crops with; a black tile looks the same after min-max normalisation
@@ -107,3 +110,41 @@ def run_tower(vision: VisionModel, crops: Tensor) -> list[Tensor]:
     size = torch.get_num_threads() if crops.device.type == "cpu" else len(crops)
     parts = [vision(part) for part in crops.split(max(1, size))]
     return parts[0] if len(parts) == 1 else [torch.cat(outputs) for outputs in zip(*parts, strict=True)]
+
+
+def encode_crops(
+    vision: VisionModel,
+    crops: Tensor,
+    image_masks: Tensor,
+    keep: Tensor | None,
+    tower: Callable[[VisionModel, Tensor], list[Tensor]] = run_tower,
+) -> Tensor:
+    """crops [T, N, patch_dim] and image_masks [T, N] -> rows for the decoder [K, C] of the windows in `keep` [K], flat
+    indices into T * M in any order, or of all [T, M, C].
+
+    The tower runs only on crops that are needed, and once for neighbours of the same pixels, as thumbnail and tile of
+    a 1x1 tiling are; `tower(vision, crops)` says how.
+    """
+    count = crops.shape[0]
+    pooling = vision.vl_connector.pooling
+    windows = windows_per_tile(pooling.grid, pooling.window)
+    needed = torch.arange(count, device=crops.device) if keep is None else torch.unique(keep // windows)
+    source = _first_of_equal(crops)[needed]
+    run = torch.unique(source)
+    features = tower(vision, crops if len(run) == count else crops[run])
+    if len(run) < len(needed):
+        copies = torch.searchsorted(run, source)
+        features = [feature[copies] for feature in features]
+    if keep is not None and len(needed) < count:
+        image_masks = image_masks[needed]
+        keep = torch.searchsorted(needed, keep // windows) * windows + keep % windows
+    return vision.vl_connector(features, image_masks, keep)
+
+
+def _first_of_equal(crops: Tensor) -> Tensor:
+    """For each crop, the index of the first in its run of neighbours with the same values."""
+    index = torch.arange(len(crops), device=crops.device)
+    if len(crops) < 2:
+        return index
+    same = (crops[1:] == crops[:-1]).flatten(1).all(1)
+    return torch.cat([index[:1], index[1:].masked_fill(same, 0)]).cummax(0).values
