@@ -28,7 +28,7 @@ void* at(uintptr_t address) { return reinterpret_cast<void*>(address); }
 // of a [batch, token, head, head_dim] tensor, but for the last
 using Strides = std::array<int64_t, 3>;
 
-Attention::Strides strides(const Strides& s) { return {s[0], s[1], s[2]}; }
+AttentionInputs::Strides strides(const Strides& s) { return {s[0], s[1], s[2]}; }
 
 // The windows of attention_pool, with what a problem's features point to.
 class PoolProblem {
@@ -102,6 +102,28 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
       },
       py::arg("dtype"), py::arg("q"), py::arg("k"), py::arg("v"), py::arg("q_strides"), py::arg("k_strides"), py::arg("v_strides"),
       py::arg("out"), py::arg("lse"), py::arg("batch"), py::arg("tokens"), py::arg("heads"), py::arg("head_dim"), py::arg("cu_seqlens"),
+      py::arg("segments"), py::arg("scale"), py::arg("threads"));
+  m.def(
+      "attention_bwd",
+      [](int dtype, uintptr_t grad, uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t out, Strides grad_strides, Strides q_strides,
+         Strides k_strides, Strides v_strides, Strides out_strides, uintptr_t lse, uintptr_t dq, uintptr_t dk, uintptr_t dv, int64_t batch,
+         int64_t tokens, int64_t heads, int64_t head_dim, uintptr_t cu_seqlens, int64_t segments, float scale, int threads) {
+        py::gil_scoped_release release;
+        AttentionBwd p;
+        p.dtype = static_cast<DType>(dtype);
+        p.grad = at(grad), p.q = at(q), p.k = at(k), p.v = at(v), p.out = at(out);
+        p.grad_strides = strides(grad_strides), p.q_strides = strides(q_strides), p.k_strides = strides(k_strides);
+        p.v_strides = strides(v_strides), p.out_strides = strides(out_strides);
+        p.lse = static_cast<const float*>(at(lse));
+        p.dq = at(dq), p.dk = at(dk), p.dv = at(dv);
+        p.batch = batch, p.tokens = tokens, p.heads = heads, p.head_dim = head_dim;
+        p.cu_seqlens = static_cast<const int32_t*>(at(cu_seqlens)), p.segments = segments;
+        p.scale = scale;
+        attention_bwd(p, threads);
+      },
+      py::arg("dtype"), py::arg("grad"), py::arg("q"), py::arg("k"), py::arg("v"), py::arg("out"), py::arg("grad_strides"),
+      py::arg("q_strides"), py::arg("k_strides"), py::arg("v_strides"), py::arg("out_strides"), py::arg("lse"), py::arg("dq"),
+      py::arg("dk"), py::arg("dv"), py::arg("batch"), py::arg("tokens"), py::arg("heads"), py::arg("head_dim"), py::arg("cu_seqlens"),
       py::arg("segments"), py::arg("scale"), py::arg("threads"));
   py::class_<PoolProblem>(m, "AttentionPool", py::module_local(),
                           "Addresses and sizes only: the caller keeps the tensors alive")

@@ -110,6 +110,103 @@ class TestNumbers:
         torch.testing.assert_close(out, torch.cat(pieces), rtol=1e-5, atol=1e-5)
 
 
+def gradients(q, k, v, grad, function=ops.attention):
+    leaves = [t.detach().requires_grad_() for t in (q, k, v)]
+    return torch.autograd.grad(function(*leaves), leaves, grad)
+
+
+@pytest.mark.parametrize("backend", op_backends("attention_bwd"))
+class TestGradientNumbers:
+    @pytest.mark.parametrize("dim", [1, 8, 33, 64, 72, 80, 128])
+    @pytest.mark.parametrize("tokens", [1, 3, 49, 113, 203])
+    def test_head_dims_and_lengths(self, backend, dim, tokens):
+        q, k, v = qkv_views(2, tokens, 3, dim)
+        grad = torch.randn(2, tokens, 3, dim)
+        with vlmkern.use_backend(backend):
+            actual = gradients(q, k, v, grad)
+        expected = gradients(*(t.double() for t in (q, k, v, grad)), eager)
+        for a, e in zip(actual, expected, strict=True):
+            assert a.is_contiguous()
+            torch.testing.assert_close(a.double(), e, rtol=1e-5, atol=1e-5)
+
+    @pytest.mark.parametrize("tokens", [729, 1025])
+    @pytest.mark.parametrize("dtype", LOW_PRECISION)
+    def test_low_precision_at_real_lengths(self, backend, tokens, dtype):
+        q, k, v = qkv_views(1, tokens, 2, 72, dtype)
+        grad = torch.randn(1, tokens, 2, 72).to(dtype)
+        with vlmkern.use_backend(backend):
+            actual = gradients(q, k, v, grad)
+        for i in range(3):
+            low_precision_close(actual[i], lambda t, i=i: gradients(*(x.to(t) for x in (q, k, v, grad)), eager)[i])
+
+    @pytest.mark.parametrize("scale", [0.7, -0.3, 0.0])
+    def test_scale(self, backend, scale):
+        q, k, v = qkv_views(1, 9, 2, 16)
+        grad = torch.randn(1, 9, 2, 16)
+        with vlmkern.use_backend(backend):
+            actual = gradients(q, k, v, grad, lambda *t: ops.attention(*t, scale=scale))
+        expected = gradients(q, k, v, grad, lambda *t: eager(*t, scale))
+        for a, e in zip(actual, expected, strict=True):
+            torch.testing.assert_close(a, e, rtol=1e-5, atol=1e-5)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_packed_equals_dense(self, backend, dtype):
+        bounds = [0, 5, 5, 6, 156, 156]
+        q, k, v, grad = (torch.randn(156, 2, 72).to(dtype) for _ in range(4))
+        cu_seqlens = torch.tensor(bounds, dtype=torch.int32)
+        with vlmkern.use_backend(backend):
+            actual = gradients(q, k, v, grad, lambda *t: ops.attention(*t, cu_seqlens=cu_seqlens, max_seqlen=150))
+            for start, end in itertools.pairwise(bounds):
+                alone = gradients(*(t[None, start:end] for t in (q, k, v, grad)))
+                for a, e in zip(actual, alone, strict=True):
+                    torch.testing.assert_close(a[start:end], e[0], rtol=1e-5, atol=1e-5)
+
+    def test_any_strides_with_unit_last_stride(self, backend):
+        wide = torch.randn(3, 4, 17, 2, 40)
+        q, k, v = (wide[i, ::2, 1:, :, 3:35].transpose(1, 2).transpose(1, 2) for i in range(3))
+        heads_first = torch.randn(2, 2, 16, 32).transpose(1, 2)
+        shared = torch.randn(1, 16, 2, 32).expand(2, -1, -1, -1)
+        columns = torch.randn(2, 16, 32, 2).mT
+        ones = torch.ones(()).expand(2, 16, 2, 32)
+        with vlmkern.use_backend(backend):
+            for arguments in ((q, k, v, ones), (q, heads_first, shared, columns), (shared, q, k, heads_first)):
+                expected = gradients(*arguments, eager)
+                for a, e in zip(gradients(*arguments), expected, strict=True):
+                    torch.testing.assert_close(a, e, rtol=1e-5, atol=1e-5)
+
+    def test_large_scores_stay_finite(self, backend):
+        q, k, v = (4 * t for t in qkv_views(1, 33, 2, 72))
+        grad = torch.randn_like(v)
+        with vlmkern.use_backend(backend):
+            actual = gradients(q, k, v, grad)
+            assert all(g.isfinite().all() for g in gradients(100 * q, 100 * k, v, grad))
+        for a, e in zip(actual, gradients(*(t.double() for t in (q, k, v, grad)), eager), strict=True):
+            torch.testing.assert_close(a.double(), e, rtol=1e-4, atol=1e-4)
+
+    @pytest.mark.parametrize("value", [torch.nan, torch.inf])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_nan_and_infinity_spread_as_in_the_formula(self, backend, dtype, value):
+        for place in range(4):
+            tensors = [torch.randn(2, 19, 2, 72).to(dtype) for _ in range(4)]
+            tensors[place][0, 3, 1, 5] = value
+            with vlmkern.use_backend(backend):
+                actual = gradients(*tensors)
+            for a, e in zip(actual, gradients(*(t.double() for t in tensors), eager), strict=True):
+                assert torch.equal(a.isfinite(), e.isfinite())
+
+    def test_bitwise_repeatable(self, backend):
+        q, k, v = qkv_views(2, 203, 2, 72)
+        grad = torch.randn(2, 203, 2, 72)
+        with vlmkern.use_backend(backend):
+            assert all(map(torch.equal, gradients(q, k, v, grad), gradients(q, k, v, grad)))
+
+    @pytest.mark.parametrize("shape", [(0, 5, 2, 8), (2, 0, 2, 8), (2, 5, 0, 8)])
+    def test_empty(self, backend, shape):
+        q = torch.randn(shape)
+        with vlmkern.use_backend(backend):
+            assert all(g.shape == shape for g in gradients(q, q, q, q))
+
+
 class TestGradients:
     def test_gradcheck_dense(self):
         inputs = [torch.randn(2, 5, 3, 4, dtype=torch.float64, requires_grad=True) for _ in range(3)]

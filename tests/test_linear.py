@@ -173,6 +173,23 @@ class TestGradients:
             lambda x, w, b, r: ops.linear(x, w, b, activation=activation, residual=r), tensors
         )
 
+    @pytest.mark.parametrize("activation", ["none", "gelu_tanh"])
+    @pytest.mark.parametrize("rows", [1, 3, 60])
+    @pytest.mark.parametrize("backend", op_backends("linear_bwd"))
+    def test_backends_agree_with_float64(self, backend, rows, activation):
+        tensors = make(rows, 72, 45)
+
+        def gradients(dtype):
+            leaves = [t.to(dtype).requires_grad_() for t in tensors]
+            y = ops.linear(*leaves[:3], activation=activation, residual=leaves[3])
+            return torch.autograd.grad(y.square().sum(), leaves)
+
+        with vlmkern.use_backend(backend):
+            actual = gradients(torch.float32)
+        for a, e in zip(actual, gradients(torch.float64), strict=True):
+            assert a.is_contiguous()
+            torch.testing.assert_close(a.double(), e, rtol=1e-4, atol=1e-4)
+
     @pytest.mark.parametrize("trained", range(4))
     def test_partial_with_a_zero_stride_gradient(self, trained):
         tensors = make(12, 6, 5)

@@ -40,7 +40,7 @@ for dtype, rtol in ((torch.float32, 2e-6), (torch.bfloat16, 2**-7), (torch.float
         up = torch.cat([values, torch.full_like(values, 64.0)], 1)
         torch.testing.assert_close(silu_mul(up), reference.silu_mul(up), rtol=0, atol=0, equal_nan=True)
 
-from vlmkern.native.attention import attention
+from vlmkern.native.attention import attention, attention_bwd
 from vlmkern.native.linear import linear
 from vlmkern.reference import attention as reference_attention
 for dtype, limit in ((torch.float32, 2e-6), (torch.bfloat16, 2e-2), (torch.float16, 3e-3)):
@@ -50,6 +50,14 @@ for dtype, limit in ((torch.float32, 2e-6), (torch.bfloat16, 2e-2), (torch.float
         exact, exact_lse = reference_attention.attention(q.double(), k.double(), v.double(), dim**-0.5, None, None)
         torch.testing.assert_close(out.double(), exact, rtol=limit, atol=limit)
         torch.testing.assert_close(lse.double(), exact_lse, rtol=1e-5, atol=2e-3 if dtype == torch.bfloat16 else 1e-5)
+        grad = torch.randn(2, tokens, 2, dim).to(dtype)
+        bwd = reference_attention.attention_bwd
+        inputs = [t.double() for t in (grad, q, k, v)]
+        for actual, expected in zip(
+            attention_bwd(grad, q, k, v, out, lse, dim**-0.5, None, None),
+            bwd(*inputs, exact, exact_lse, dim**-0.5, None, None),
+        ):
+            torch.testing.assert_close(actual.double(), expected, rtol=2 * limit, atol=2 * limit)
     for rows in (1, 2, 3, 4):
         x, weight, bias = (t.to(dtype) for t in (torch.randn(rows, 137), torch.randn(9, 137) / 12, torch.randn(9)))
         exact = torch.nn.functional.linear(x.double(), weight.double(), bias.double())
@@ -154,9 +162,58 @@ def test_attention_refuses_arguments_that_describe_no_memory(arguments, message)
 @pytest.mark.parametrize("bounds", [[0, 3], [1, 2], [0, 5, 2], [0, -1, 2]])
 def test_attention_refuses_bounds_outside_the_tokens(bounds):
     cu_seqlens = torch.tensor(bounds, dtype=torch.int32)
-    arguments = (0, 64, 64, 64, S, S, S, 64, 64, 1, 2, 3, 8, cu_seqlens.data_ptr(), len(bounds) - 1, 1.0, 1)
+    sizes = (1, 2, 3, 8, cu_seqlens.data_ptr(), len(bounds) - 1, 1.0, 1)
     with pytest.raises(ValueError, match="cu_seqlens"):
-        vlmkern.native.extension().attention_fwd(*arguments)
+        vlmkern.native.extension().attention_fwd(0, 64, 64, 64, S, S, S, 64, 64, *sizes)
+    with pytest.raises(ValueError, match="cu_seqlens"):
+        vlmkern.native.extension().attention_bwd(0, *[64] * 5, *[S] * 5, *[64] * 4, *sizes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({0: 5}, "dtype"),
+        ({6: (48, -24, 8)}, "grad: got a stride of -24"),
+        ({8: (48, 2**60, 8)}, "k: got a stride"),
+        ({10: (48, 24, -8)}, "out: got a stride of -8"),
+        ({16: -2}, "negative"),
+        ({16: 2**40, 17: 2**40}, "too large"),
+        ({18: 0}, "head_dim at least 1"),
+        *(({pointer: 0}, "null pointer") for pointer in (*range(1, 6), *range(11, 15))),
+    ],
+)
+def test_attention_bwd_refuses_arguments_that_describe_no_memory(changes, message):
+    arguments = [0, *[64] * 5, *[S] * 5, *[64] * 4, 1, 2, 3, 8, 0, 0, 1.0, 1]
+    for index, value in changes.items():
+        arguments[index] = value
+    with pytest.raises(ValueError, match=message):
+        vlmkern.native.extension().attention_bwd(*arguments)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("tokens, dim", [(1, 1), (19, 33), (145, 72)])
+def test_attention_bwd_writes_only_its_outputs(dtype, tokens, dim):
+    """Guards of NaN around the three outputs stay, and every element between them is written."""
+    from vlmkern.native.attention import attention
+
+    q, k, v, grad = torch.randn(4, 1, tokens, 3, dim).to(dtype).unbind(0)
+    out, lse = attention(q, k, v, 1.0, None, None)
+    buffer = torch.full((3, q.numel() + 64), torch.nan, dtype=dtype)
+    grads = [row[32:-32].data_ptr() for row in buffer]
+    inputs = (grad, q, k, v, out)
+    vlmkern.native.extension().attention_bwd(
+        vlmkern.native.dtype_code(dtype),
+        *(t.data_ptr() for t in inputs),
+        *(t.stride()[:3] for t in inputs),
+        lse.data_ptr(),
+        *grads,
+        *q.shape,
+        0,
+        0,
+        1.0,
+        1,
+    )
+    assert buffer[:, :32].isnan().all() and buffer[:, -32:].isnan().all() and buffer[:, 32:-32].isfinite().all()
 
 
 @pytest.mark.parametrize(
@@ -174,25 +231,32 @@ def test_linear_refuses_arguments_that_describe_no_memory(arguments, message):
         vlmkern.native.extension().linear_few_rows(*arguments)
 
 
+def attention_with_gradient(qkv):
+    """The result, and the gradient of its sum by the fused qkv."""
+    qkv = qkv.detach().requires_grad_()
+    out = vlmkern.ops.attention(*qkv.unbind(2))
+    return out, torch.autograd.grad(out.sum(), qkv)[0]
+
+
 def test_attention_threads_change_no_bit():
-    q, k, v = torch.randn(1, 333, 3, 3, 72).unbind(2)
+    qkv = torch.randn(1, 333, 3, 3, 72)
     threads = torch.get_num_threads()
     results = []
     try:
         for count in (1, 2, 5):
             torch.set_num_threads(count)
-            results.append(vlmkern.ops.attention(q, k, v))
+            results.append(attention_with_gradient(qkv))
     finally:
         torch.set_num_threads(threads)
-    assert all(torch.equal(results[0], result) for result in results[1:])
+    assert all(all(map(torch.equal, results[0], result)) for result in results[1:])
 
 
 def test_concurrent_attention():
-    inputs = [torch.randn(1, 100, 3, 2, 72).unbind(2) for _ in range(16)]
+    inputs = [torch.randn(1, 100, 3, 2, 72) for _ in range(16)]
     with ThreadPoolExecutor(4) as pool:
-        outputs = list(pool.map(lambda qkv: vlmkern.ops.attention(*qkv), inputs))
-    for qkv, out in zip(inputs, outputs, strict=True):
-        assert torch.equal(out, vlmkern.ops.attention(*qkv))
+        outputs = list(pool.map(attention_with_gradient, inputs))
+    for qkv, found in zip(inputs, outputs, strict=True):
+        assert all(map(torch.equal, found, attention_with_gradient(qkv)))
 
 
 def test_empty_touches_nothing():

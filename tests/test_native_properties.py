@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 import vlmkern
 from vlmkern import ops
+from vlmkern.reference.linear import ACTIVATIONS
 
 pytestmark = pytest.mark.skipif(not vlmkern.backends()["native"]["available"], reason="no native backend")
 
@@ -38,6 +39,25 @@ def compare(call, dtype):
         actual = call()
     with vlmkern.use_backend("reference"):
         expected = call()
+    close(actual, expected, dtype)
+
+
+def compare_gradients(function, grad, *inputs):
+    """By the inputs, which keep their strides: the native backward against the reference in float64."""
+
+    def gradients(inputs, grad):
+        leaves = [x.detach().requires_grad_() for x in inputs]
+        return torch.autograd.grad(function(*leaves), leaves, grad)
+
+    with vlmkern.use_backend("native"):
+        actual = gradients(inputs, grad)
+    with vlmkern.use_backend("reference"):
+        expected = gradients([x.double() for x in inputs], grad.double())
+    for a, e in zip(actual, expected, strict=True):
+        close(a, e.to(a.dtype), a.dtype)
+
+
+def close(actual, expected, dtype):
     assert actual.shape == expected.shape and actual.is_contiguous() and actual.dtype == dtype
     scale = expected.abs().max().clamp(min=1.0) if expected.numel() else 1.0
     torch.testing.assert_close(actual / scale, expected / scale, rtol=0, atol=LIMITS[dtype])
@@ -55,6 +75,30 @@ def test_attention_packed(data, dtype, lengths, heads, dim):
     q, k, v = (data.draw(strided((sum(lengths), heads, dim), dtype)) for _ in range(3))
     bounds = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
     compare(lambda: ops.attention(q, k, v, cu_seqlens=bounds, max_seqlen=max(lengths, default=0)), dtype)
+
+
+@given(st.data(), DTYPES, st.tuples(st.integers(0, 3), st.integers(0, 70), st.integers(1, 3), st.integers(1, 90)))
+def test_attention_gradients_dense(data, dtype, shape):
+    q, k, v, grad = (data.draw(strided(shape, dtype)) for _ in range(4))
+    scale = data.draw(st.sampled_from([None, 0.3, -0.4, 0.0]))
+    compare_gradients(lambda *qkv: ops.attention(*qkv, scale=scale), grad, q, k, v)
+
+
+@given(st.data(), DTYPES, st.lists(st.integers(0, 170), max_size=6), st.integers(1, 3), st.integers(1, 90))
+def test_attention_gradients_packed(data, dtype, lengths, heads, dim):
+    q, k, v, grad = (data.draw(strided((sum(lengths), heads, dim), dtype)) for _ in range(4))
+    bounds = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    options = {"cu_seqlens": bounds, "max_seqlen": max(lengths, default=0)}
+    compare_gradients(lambda *qkv: ops.attention(*qkv, **options), grad, q, k, v)
+
+
+@given(st.data(), DTYPES, st.integers(0, 20), st.integers(1, 40), st.integers(1, 40), st.sampled_from(ACTIVATIONS))
+def test_linear_gradients(data, dtype, rows, inputs, outputs, activation):
+    assume(rows > 0 and (dtype != torch.float16 or rows <= 4))
+    x, weight, bias, grad = (
+        data.draw(strided(shape, dtype)) for shape in ((rows, inputs), (outputs, inputs), (outputs,), (rows, outputs))
+    )
+    compare_gradients(lambda x, w, b: ops.linear(x, w, b, activation=activation), grad, x, weight, bias)
 
 
 @given(st.data(), DTYPES, st.integers(1, 4), st.integers(1, 150), st.integers(1, 40), st.booleans())

@@ -17,7 +17,6 @@ namespace vlmkern {
 namespace VLMKERN_ISA {
 namespace {
 
-constexpr int kGroup = 8;     // keys and channels are padded to this many
 constexpr int kChunk = 256;    // keys per online-softmax step; bf16 at D = 72 on Zen 5: 128 keys 377 GFLOP/s, 256 412, 384 411
 
 // Everything below counts in 32-bit words: a float32, or a pair of bfloat16.
@@ -126,19 +125,12 @@ void accumulate(const float* v, int64_t channels, int64_t steps, const float* p,
 // The block's output rows and log-sum-exps from the sums, [channels][vectors][lanes].
 template <int vectors, typename T>
 void finish(const AttentionHead& head, int64_t begin, int64_t count, const float* o, Vec scale, const Vec (&highest)[vectors], const Vec (&sum)[vectors]) {
-  constexpr float kLn2 = 0.693147180559945309f;
   for (int j = 0; j < vectors; ++j) {
     const int64_t lanes = count - j * kWidth < kWidth ? count - j * kWidth : kWidth;
     if (lanes <= 0) return;
     const Vec inverse = set1(1.0f) / sum[j];
-    for (int64_t d = 0; d < head.head_dim; d += kWidth) {
-      const int n = int(head.head_dim - d < kWidth ? head.head_dim - d : kWidth);
-      Vec square[kWidth];
-      for (int i = 0; i < kWidth; ++i) square[i] = i < n ? load(o + ((d + i) * vectors + j) * kWidth) * inverse : set1(0.0f);
-      transpose(square);
-      for (int64_t i = 0; i < lanes; ++i)
-        store_n(static_cast<T*>(head.out) + (begin + j * kWidth + i) * head.out_stride + d, square[i], n);
-    }
+    unpack_lanes(o + j * kWidth, vectors * kWidth, lanes, head.head_dim, inverse,
+                 static_cast<T*>(head.out) + (begin + j * kWidth) * head.out_stride, head.out_stride);
     float top[kWidth], total[kWidth];
     store(top, highest[j] * scale);
     store(total, sum[j]);
@@ -148,17 +140,9 @@ void finish(const AttentionHead& head, int64_t begin, int64_t count, const float
 
 template <class Maths, int vectors, typename T>
 void attend_block(const AttentionHead& head, const Layout<Maths>& layout, const Scratch<Maths>& scratch, int64_t begin, int64_t end) {
-  constexpr int64_t kLanes = vectors * kWidth;
-  constexpr float kLog2e = 1.44269504088896341f;
-  for (int j = 0; j < vectors; ++j) {
-    const int64_t from = begin + j * kWidth, left = end - from;
-    const int64_t count = left < kWidth ? (left > 0 ? left : 0) : kWidth;
-    for (int64_t i = 0; i < count; ++i)
-      pack_row<Maths>(static_cast<const T*>(head.q) + (from + i) * head.q_stride, head.head_dim, layout.head_words,
-                      scratch.rows + i * layout.head_words);
-    // the maximum is taken before scaling, so a negative scale moves its sign to the queries
-    pack_lanes(scratch.rows, count, layout.head_words, scratch.q + j * kWidth, kLanes, head.scale < 0 ? Maths::sign_bits : 0);
-  }
+  // the maximum is taken before scaling, so a negative scale moves its sign to the queries
+  pack_block<Maths, vectors>(static_cast<const T*>(head.q) + begin * head.q_stride, head.q_stride, end - begin, head.head_dim,
+                             layout.head_words, scratch.rows, scratch.q, head.scale < 0 ? Maths::sign_bits : 0);
   // no scale is taken for the smallest one: 0 times the -inf that stands for "no key yet" would be NaN
   const float magnitude = head.scale < 0 ? -head.scale : head.scale;
   const Vec scale = set1((magnitude == 0 ? __FLT_MIN__ : magnitude) * kLog2e);
@@ -189,13 +173,7 @@ template <class Maths, typename T>
 void attend(const AttentionHead& head, void* memory) {
   const Layout<Maths> layout(head.tokens, head.head_dim);
   const Scratch<Maths> scratch(layout, memory);
-  for (int64_t n = 0; n < layout.keys; ++n) {
-    float* to = scratch.k + n * layout.head_words;
-    if (n < head.tokens)
-      pack_row<Maths>(static_cast<const T*>(head.k) + n * head.k_stride, head.head_dim, layout.head_words, to);
-    else
-      memset(static_cast<void*>(to), 0, layout.head_words * sizeof(float));
-  }
+  pack_words<Maths>(static_cast<const T*>(head.k), head.k_stride, head.tokens, head.head_dim, layout.keys, layout.head_words, scratch.k);
   pack_rows<Maths>(static_cast<const T*>(head.v), head.v_stride, head.tokens, head.head_dim, layout.keys, layout.channels, scratch.v);
 
   int64_t begin = head.query_begin;

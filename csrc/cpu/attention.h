@@ -22,22 +22,47 @@ struct AttentionHead {
   int64_t query_begin, query_end;  // this call's share of the queries
 };
 
-// A batch of images [B, N, H, D] or packed segments [T, H, D]; strides in elements.
-struct Attention {
+// The same for the gradients: all queries of the head.
+struct AttentionHeadBwd {
   DType dtype;
-  const void *q, *k, *v;
+  const void *grad, *q, *k, *v, *out;
+  int64_t grad_stride, q_stride, k_stride, v_stride, o_stride;
+  const float* lse;
+  void *dq, *dk, *dv;
+  int64_t out_stride;  // of all three
+  int64_t tokens;
+  int64_t head_dim;
+  float scale;
+};
+
+// A batch of images [B, N, H, D] or packed segments [T, H, D]; strides in elements.
+struct AttentionInputs {
   struct Strides {
     int64_t batch, token, head;
-  } q_strides, k_strides, v_strides;
-  void* out;   // dense [B, N, H, D] or [T, H, D]
-  float* lse;  // dense [B, H, N] or [H, T]
+  };
+  DType dtype;
+  const void *q, *k, *v;
+  Strides q_strides, k_strides, v_strides;
   int64_t batch, tokens, heads, head_dim;
   const int32_t* cu_seqlens;  // segments + 1 bounds, or null when dense
   int64_t segments;
   float scale;
 };
 
+struct Attention : AttentionInputs {
+  void* out;   // dense [B, N, H, D] or [T, H, D]
+  float* lse;  // dense [B, H, N] or [H, T]
+};
+
+struct AttentionBwd : AttentionInputs {
+  const void *grad, *out;
+  Strides grad_strides, out_strides;
+  const float* lse;     // dense, as the forward wrote it
+  void *dq, *dk, *dv;   // dense, like `out` of the forward
+};
+
 // Throws std::invalid_argument on sizes, strides or bounds that cannot be; touches nothing before that.
 void attention_fwd(const Attention& problem, int threads);
+void attention_bwd(const AttentionBwd& problem, int threads);
 
 }  // namespace vlmkern

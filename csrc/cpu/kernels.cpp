@@ -9,6 +9,8 @@ namespace vlmkern {
   namespace isa {                                                                                                       \
   size_t attention_scratch(DType, int64_t, int64_t);                                                                    \
   void attention_head(const AttentionHead&, void*);                                                                     \
+  size_t attention_bwd_scratch(DType, int64_t, int64_t);                                                                \
+  void attention_head_bwd(const AttentionHeadBwd&, void*);                                                              \
   int64_t attention_pool_lanes();                                                                                       \
   size_t attention_pool_scratch(DType, int64_t, int64_t, int64_t, int64_t);                                             \
   void attention_pool_heads(const PoolHeads&, void*);                                                                   \
@@ -17,9 +19,9 @@ namespace vlmkern {
   void linear_few_rows(const FewRowsLinear&, int64_t, int64_t);                                                         \
   void silu_mul_fwd(DType, const void*, int64_t, void*, int64_t, int64_t);                                              \
   void silu_mul_bwd(DType, const void*, const void*, int64_t, void*, void*, int64_t, int64_t);                          \
-  static const Kernels table{attention_scratch, attention_head, attention_pool_lanes, attention_pool_scratch,           \
-                             attention_pool_heads, attention_pool_mean, attention_pool_slots, linear_few_rows,          \
-                             silu_mul_fwd, silu_mul_bwd};                                                               \
+  static const Kernels table{attention_scratch, attention_head, attention_bwd_scratch, attention_head_bwd,              \
+                             attention_pool_lanes, attention_pool_scratch, attention_pool_heads, attention_pool_mean,   \
+                             attention_pool_slots, linear_few_rows, silu_mul_fwd, silu_mul_bwd};                        \
   }
 
 VLMKERN_TABLE(portable)

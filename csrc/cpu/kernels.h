@@ -17,6 +17,9 @@ struct Kernels {
   // Bytes of scratch, 64-byte aligned, that attention_head wants for segments of up to `tokens`.
   size_t (*attention_scratch)(DType, int64_t tokens, int64_t head_dim);
   void (*attention_head)(const AttentionHead&, void* scratch);
+  // The same two for the gradients.
+  size_t (*attention_bwd_scratch)(DType, int64_t tokens, int64_t head_dim);
+  void (*attention_head_bwd)(const AttentionHeadBwd&, void* scratch);
 
   // Windows per vector: blocks of windows are multiples of it, but for the last.
   int64_t (*attention_pool_lanes)();

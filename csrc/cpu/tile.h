@@ -17,7 +17,9 @@ constexpr int kRows = 8;  // 8 x 3 accumulators, 3 vectors in the lanes and a br
 #else
 constexpr int kRows = 4;  // 4 x 3 + 3 + 1 = 16 of 16
 #endif
+constexpr int kGroup = 8;  // rows of operands are padded to this many, whatever kRows is
 constexpr float kInfinity = __builtin_inff();
+constexpr float kLn2 = 0.693147180559945309f, kLog2e = 1.44269504088896341f;
 
 struct Float32 {
   static constexpr int pair = 1;
@@ -42,7 +44,12 @@ inline Vec interleave(Vec first, Vec second) {
   return {_mm512_castsi512_ps(_mm512_permutexvar_epi16(order, halves))};
 }
 
-// the same of bfloat16 that were widened: their bits are on top, so the second stays there and the first moves down
+// rounded to bfloat16, kWidth / 2 words
+inline void store_halves(float* words, Vec a) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(words), (__m256i)_mm512_cvtneps_pbh(a.v));
+}
+
+// interleave() of bfloat16 that were widened: their bits are on top, so the second stays there and the first moves down
 inline Vec pair_up(Vec first, Vec second) {
   return {_mm512_or_ps(_mm512_castsi512_ps(_mm512_srli_epi32(_mm512_castps_si512(first.v), 16)), second.v)};
 }
@@ -63,6 +70,13 @@ void pack_row(const T* from, int64_t head_dim, int64_t words, float* to) {
     if (head_dim % 2) to[words - 1] = 0;
     memcpy(static_cast<void*>(to), from, head_dim * sizeof(T));
   }
+}
+
+// Rows of a tensor as rows of words, zero beyond them.
+template <class Maths, typename T>
+void pack_words(const T* from, int64_t stride, int64_t rows, int64_t head_dim, int64_t padded_rows, int64_t words, float* to) {
+  for (int64_t n = 0; n < rows; ++n) pack_row<Maths>(from + n * stride, head_dim, words, to + n * words);
+  memset(static_cast<void*>(to + rows * words), 0, (padded_rows - rows) * words * sizeof(float));
 }
 
 // Rows as [padded_rows / pair][padded_cols] words: the neighbours of a pair come from two rows. Zero beyond the rows and columns.
@@ -93,11 +107,34 @@ inline void pack_lanes(const float* rows, int64_t count, int64_t words, float* t
   }
 }
 
-// sum[r][j] += sum over steps of a[r * a_row + step * a_step] * b[step][j]
+// Up to vectors * kWidth rows of a tensor into the lanes: to[word][vectors][lane], zero in lanes beyond `count`.
+// `rows` is scratch for kWidth rows of words.
+template <class Maths, int vectors, typename T>
+void pack_block(const T* from, int64_t stride, int64_t count, int64_t head_dim, int64_t words, float* rows, float* to, uint32_t flipped_bits) {
+  for (int j = 0; j < vectors; ++j, from += kWidth * stride, count -= kWidth) {
+    const int64_t here = count < kWidth ? (count > 0 ? count : 0) : kWidth;
+    for (int64_t i = 0; i < here; ++i) pack_row<Maths>(from + i * stride, head_dim, words, rows + i * words);
+    pack_lanes(rows, here, words, to + j * kWidth, vectors * kWidth, flipped_bits);
+  }
+}
+
+// The way back, for one vector of lanes: `count` rows of factor * sums[channel * lane_stride + lane].
+template <typename T>
+void unpack_lanes(const float* sums, int64_t lane_stride, int64_t count, int64_t head_dim, Vec factor, T* to, int64_t stride) {
+  for (int64_t d = 0; d < head_dim; d += kWidth) {
+    const int n = int(head_dim - d < kWidth ? head_dim - d : kWidth);
+    Vec square[kWidth];
+    for (int i = 0; i < kWidth; ++i) square[i] = i < n ? load(sums + (d + i) * lane_stride) * factor : set1(0.0f);
+    transpose(square);
+    for (int64_t i = 0; i < count; ++i) store_n(to + i * stride + d, square[i], n);
+  }
+}
+
+// sum[r][j] += sum over steps of a[r * a_row + step * a_step] * b[step * b_step + j * kWidth]
 template <class Maths, int vectors>
 inline __attribute__((always_inline)) void multiply(Vec (&sum)[kRows][vectors], const float* a, int64_t a_row, int64_t a_step,
-                                                    const float* b, int64_t steps) {
-  for (int64_t step = 0; step < steps; ++step, a += a_step, b += vectors * kWidth) {
+                                                    const float* b, int64_t steps, int64_t b_step = vectors * kWidth) {
+  for (int64_t step = 0; step < steps; ++step, a += a_step, b += b_step) {
     Vec lanes[vectors];
 #pragma GCC unroll 4
     for (int j = 0; j < vectors; ++j) lanes[j] = load(b + j * kWidth);

@@ -6,14 +6,17 @@ plain form, the C++ source the algebra.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from .._backends import BackendUnavailable
+from ..reference import attention_pool as reference
 from ..reference.attention_pool import pad_kind, windows_per_tile
 from . import dtype_code, extension, require_dtype
 from .derived import derived
-from .linear import linear_or_torch
+from .linear import linear_or_torch, product
 
 
 def attention_pool(
@@ -92,6 +95,12 @@ def attention_pool(
             threads,
         )
     return linear_or_torch(context, w_o, b_o).view(*shape, len(w_o))
+
+
+def attention_pool_bwd(grad: Tensor, *args: Any) -> list[Tensor]:
+    """See `vlmkern.reference.attention_pool.attention_pool_bwd`."""
+    require_dtype("attention_pool_bwd", grad.dtype)
+    return reference.attention_pool_bwd(grad, *args, product=product)
 
 
 def _folded(

@@ -8,11 +8,14 @@ Weights that come back are kept in oneDNN's blocked layout: 4 to 10 % faster, at
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .._backends import BackendUnavailable
+from ..reference import linear as reference
 from ..reference.linear import activate
 from . import dtype_code, extension, require_dtype
 from .derived import derived
@@ -40,6 +43,21 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, resi
     name, algorithm = _POST_OPS[activation]
     y = onednn(rows, packed, bias, name, [], algorithm).view(*x.shape[:-1], outputs)
     return y if residual is None else y.add_(residual)
+
+
+def linear_bwd(grad: Tensor, *args: Any) -> list[Tensor]:
+    """See `vlmkern.reference.linear.linear_bwd`."""
+    require_dtype("linear_bwd", grad.dtype)
+    return reference.linear_bwd(grad, *args, product=product)
+
+
+def product(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
+    """a b^T + bias of matrices [M, K] and [N, K], any strides: the products of backwards. Nothing is packed, as weights
+    that are trained change before they come back."""
+    # oneDNN reads transposed operands in place; other dtypes' products reach it through torch
+    if a.dtype != torch.float32 or a.numel() == 0 or b.numel() == 0 or not torch.backends.mkldnn.is_available():
+        return F.linear(a, b, bias)
+    return torch.ops.mkldnn._linear_pointwise(a, b, bias, "none", [], "")
 
 
 def takes_onednn(rows: Tensor, weight: Tensor) -> bool:

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..reference import swiglu_mlp as reference
 from . import dtype_code, extension, require_dtype
 from .derived import derived
-from .linear import linear_or_torch, onednn_packed, takes_onednn
+from .linear import linear_or_torch, onednn_packed, product, takes_onednn
 
 
 def swiglu_mlp(x: Tensor, w_up: Tensor, w_down: Tensor, b_up: Tensor | None, b_down: Tensor | None) -> Tensor:
@@ -36,7 +36,7 @@ def _hidden(rows: Tensor, w_up: Tensor, b_up: Tensor | None) -> Tensor:
 def swiglu_mlp_bwd(grad: Tensor, *args: Any) -> list[Tensor]:
     """See `vlmkern.reference.swiglu_mlp.swiglu_mlp_bwd`."""
     require_dtype("swiglu_mlp_bwd", grad.dtype)
-    return reference.swiglu_mlp_bwd(grad, *args, silu_mul_bwd=silu_mul_bwd)
+    return reference.swiglu_mlp_bwd(grad, *args, silu_mul_bwd=silu_mul_bwd, product=product)
 
 
 def silu_mul(up: Tensor) -> Tensor:

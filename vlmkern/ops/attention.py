@@ -128,6 +128,7 @@ _op_bwd = _library.define(
     fake=_fake_bwd,
     implementations={
         "reference": reference.attention_bwd,
+        "native": _library.lazy("native.attention", "attention_bwd"),
         "triton": _library.lazy("gpu.attention", "attention_bwd"),
     },
 )

@@ -240,6 +240,7 @@ _op_bwd = _library.define(
     fake=_fake_bwd,
     implementations={
         "reference": reference.attention_pool_bwd,
+        "native": _library.lazy("native.attention_pool", "attention_pool_bwd"),
         "triton": _library.lazy("gpu.attention_pool", "attention_pool_bwd"),
     },
 )

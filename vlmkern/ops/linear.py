@@ -92,7 +92,11 @@ _op_bwd = _library.define(
     "linear_bwd",
     "(Tensor grad, Tensor x, Tensor weight, Tensor? bias, str activation, bool[] wanted) -> Tensor[]",
     fake=_fake_bwd,
-    implementations={"reference": reference.linear_bwd, "triton": _library.lazy("gpu.linear", "linear_bwd")},
+    implementations={
+        "reference": reference.linear_bwd,
+        "native": _library.lazy("native.linear", "linear_bwd"),
+        "triton": _library.lazy("gpu.linear", "linear_bwd"),
+    },
 )
 _library.differentiable(_op, setup_context=_setup_context, backward=_backward)
 _library.not_differentiable(_op_bwd)

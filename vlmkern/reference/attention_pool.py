@@ -12,7 +12,7 @@ the mean and are attended to. Products have the tensors' dtype, scores and softm
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -58,17 +58,19 @@ def attention_pool_bwd(
     mask: Tensor | None,
     keep: Tensor | None,
     wanted: list[bool],
+    *,
+    product: Callable[[Tensor, Tensor, Tensor | None], Tensor] = F.linear,
 ) -> list[Tensor]:
     """Gradients by (*features, w_q, b_q, w_kv, b_kv, w_o, b_o, pad_embed), those that are wanted, in this
-    order. Everything is recomputed from the inputs."""
+    order. Everything is recomputed from the inputs. `product` is a b^T + c."""
     tiles, patches, channels = features[0].shape
     slots = _slots(tiles, grid, window, keep, grad.device)
     x = _gather(features, slots, pad_embed, mask)
-    a = _attend(x, w_q, b_q, w_kv, b_kv, num_heads)
+    a = _attend(x, w_q, b_q, w_kv, b_kv, num_heads, product)
     windows, size, width = x.shape
 
     d_out = grad.reshape(windows, grad.shape[-1])
-    d_ctx = (d_out @ w_o).unflatten(-1, (num_heads, -1)).unsqueeze(1).to(a.p.dtype)
+    d_ctx = product(d_out, w_o.T, None).unflatten(-1, (num_heads, -1)).unsqueeze(1).to(a.p.dtype)
     d_v = a.p.unsqueeze(-1) * d_ctx
     d_p = (d_ctx * a.v).sum(-1)
     d_scores = a.p * (d_p - (a.p * d_p).sum(1, keepdim=True)) * a.scale
@@ -77,7 +79,8 @@ def attention_pool_bwd(
     d_kv = torch.cat([d_k.flatten(2), d_v.flatten(2)], dim=-1).to(x.dtype).flatten(0, 1)
 
     # the mean gives every slot of a window the same share of the query's gradient
-    d_x = (d_kv @ w_kv).view(windows, size, width) + (d_q @ w_q / size).unsqueeze(1)
+    d_x = product(d_kv, w_kv.T, None).view(windows, size, width)
+    d_x += (product(d_q, w_q.T, None) / size).unsqueeze(1)
     # zero slots beyond the grid belong to no patch
     d_x = torch.where(slots.inside.unsqueeze(-1), d_x, 0).flatten(0, 1)
     index = slots.patch.flatten()
@@ -85,11 +88,11 @@ def attention_pool_bwd(
 
     grads: list[Tensor] = list(per_patch.view(tiles, patches, width).split(channels, dim=-1))
     grads += [
-        d_q.T @ x.mean(1),
+        product(d_q.T, x.mean(1).T, None),
         d_q.sum(0),
-        d_kv.T @ x.flatten(0, 1),
+        product(d_kv.T, x.flatten(0, 1).T, None),
         d_kv.sum(0),
-        d_out.T @ a.context,
+        product(d_out.T, a.context.T, None),
         d_out.sum(0),
     ]
     if pad_embed is not None:
@@ -155,10 +158,18 @@ def pad_kind(mask: Tensor) -> Tensor:
     return (zero.to(torch.uint8) + 2 * partial.to(torch.uint8)).contiguous()
 
 
-def _attend(x: Tensor, w_q: Tensor, b_q: Tensor | None, w_kv: Tensor, b_kv: Tensor | None, num_heads: int) -> _Attended:
+def _attend(
+    x: Tensor,
+    w_q: Tensor,
+    b_q: Tensor | None,
+    w_kv: Tensor,
+    b_kv: Tensor | None,
+    num_heads: int,
+    product: Callable[[Tensor, Tensor, Tensor | None], Tensor] = F.linear,
+) -> _Attended:
     accumulator = torch.promote_types(x.dtype, torch.float32)
-    kv = F.linear(x, w_kv, b_kv)
-    q = F.linear(x.mean(1), w_q, b_q).unflatten(-1, (num_heads, -1)).unsqueeze(1).to(accumulator)
+    kv = product(x.flatten(0, 1), w_kv, b_kv).unflatten(0, x.shape[:2])
+    q = product(x.mean(1), w_q, b_q).unflatten(-1, (num_heads, -1)).unsqueeze(1).to(accumulator)
     k, v = (
         t.unflatten(-1, (num_heads, -1)).to(accumulator)
         for t in kv.split([w_q.shape[0], w_kv.shape[0] - w_q.shape[0]], dim=-1)

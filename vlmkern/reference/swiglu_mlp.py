@@ -50,20 +50,21 @@ def swiglu_mlp_bwd(
     wanted: list[bool],
     *,
     silu_mul_bwd: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = silu_mul_bwd,
+    product: Callable[[Tensor, Tensor, Tensor | None], Tensor] = F.linear,
 ) -> list[Tensor]:
     """Gradients by (x, w_up, w_down, b_up, b_down), those that are wanted, in this order. The
-    up-projection is recomputed, so the forward keeps nothing but its inputs."""
+    up-projection is recomputed, so the forward keeps nothing but its inputs. `product` is a b^T + c."""
     rows, d_out = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
     want_x, want_w_up, want_w_down, want_b_up, want_b_down = wanted
     grads: list[Tensor] = []
     if want_x or want_w_up or want_w_down or want_b_up:
-        d_up, hidden = silu_mul_bwd(d_out @ w_down, F.linear(rows, w_up, b_up))
+        d_up, hidden = silu_mul_bwd(product(d_out, w_down.T, None), product(rows, w_up, b_up))
         if want_x:
-            grads.append((d_up @ w_up).view(x.shape))
+            grads.append(product(d_up, w_up.T, None).view(x.shape))
         if want_w_up:
-            grads.append(d_up.T @ rows)
+            grads.append(product(d_up.T, rows.T, None))
         if want_w_down:
-            grads.append(d_out.T @ hidden)
+            grads.append(product(d_out.T, hidden.T, None))
         if want_b_up:
             grads.append(d_up.sum(0))
     if want_b_down:
