@@ -6,6 +6,7 @@ from .config import ConfigError, ConnectorConfig, JinaVLMConfig, TextConfig, Vis
 from .image_processor import ImageInputs, JinaVLMImageProcessor
 from .model import JinaVLM
 from .processor import JinaVLMProcessor
+from .vision import VisionPath
 
 __all__ = [
     "CheckpointError",
@@ -19,4 +20,5 @@ __all__ = [
     "KVCache",
     "TextConfig",
     "VisionConfig",
+    "VisionPath",
 ]

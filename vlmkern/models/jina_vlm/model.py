@@ -98,7 +98,7 @@ class JinaVLM(nn.Module):
         Raises:
             ValueError: shapes that do not fit together.
         """
-        batch, tiles = self._check_images(crops, image_masks, image_input_idx)
+        batch, tiles = self.check_images(crops, image_masks, image_input_idx)
         windows = self.config.windows_per_crop
         keep = None if image_input_idx is None else _kept(image_input_idx)
         rows = self._encode(crops, image_masks, keep)
@@ -114,6 +114,7 @@ class JinaVLM(nn.Module):
         image_input_idx: Tensor | None = None,
         attention_mask: Tensor | None = None,
         cache: KVCache | None = None,
+        image_features: Tensor | None = None,
     ) -> Tensor:
         """Logits over the base vocabulary for every token.
 
@@ -124,6 +125,8 @@ class JinaVLM(nn.Module):
                 `image_input_idx[b, t, m]` of sequence b; rows with a negative index are dropped.
             attention_mask: [B, S] (with a cache also [B, cached + S]), 0 for padding; `input_ids != -1` when None.
             cache: tokens are appended to it and attend to what it holds.
+            image_features: [B, T, M, hidden_size] of `encode_images`, in the place of crops and masks, with
+                `image_input_idx`.
 
         Returns:
             [B, S, vocab_size]. At padded positions the values are finite and mean nothing.
@@ -131,7 +134,10 @@ class JinaVLM(nn.Module):
         Raises:
             ValueError: shapes, ids or indices that do not fit; a cache that is full.
         """
-        return self.lm_head(self._hidden(input_ids, crops, image_masks, image_input_idx, attention_mask, cache))
+        hidden = self._hidden(
+            input_ids, crops, image_masks, image_input_idx, attention_mask, cache, image_features=image_features
+        )
+        return self.lm_head(hidden)
 
     @torch.no_grad()
     def generate(
@@ -143,6 +149,7 @@ class JinaVLM(nn.Module):
         attention_mask: Tensor | None = None,
         max_new_tokens: int = 512,
         eos_token_id: int | Sequence[int] | None = None,
+        image_features: Tensor | None = None,
     ) -> Tensor:
         """Greedy decoding with a key-value cache.
 
@@ -182,7 +189,9 @@ class JinaVLM(nn.Module):
         if batch == 0 or max_new_tokens == 0:
             return input_ids.new_empty(batch, 0)
         cache = self.new_cache(batch, tokens + max_new_tokens)
-        hidden = self._hidden(input_ids, crops, image_masks, image_input_idx, mask, cache)
+        hidden = self._hidden(
+            input_ids, crops, image_masks, image_input_idx, mask, cache, image_features=image_features
+        )
         while True:
             ids = self.lm_head(hidden[:, -1]).argmax(-1)
             if stops:
@@ -205,39 +214,61 @@ class JinaVLM(nn.Module):
         image_input_idx: Tensor | None = None,
         attention_mask: Tensor | None = None,
         cache: KVCache | None = None,
+        image_features: Tensor | None = None,
     ) -> Tensor:
         mask = self._token_mask(input_ids, attention_mask, 0 if cache is None else cache.length)
         embeds = self.model.language_model.embedding(input_ids.clamp(min=0))
-        images = {"crops": crops, "image_masks": image_masks, "image_input_idx": image_input_idx}
+        if image_features is not None and crops is not None:
+            raise ValueError("image_features: got a tensor beside crops, expected one of the two")
+        if image_features is not None:
+            images = {"image_features": image_features, "image_input_idx": image_input_idx}
+        else:
+            images = {"crops": crops, "image_masks": image_masks, "image_input_idx": image_input_idx}
         absent = [name for name, value in images.items() if value is None]
         if 0 < len(absent) < len(images):
             raise ValueError(f"{absent[0]}: got None, expected a tensor, as other image inputs are given")
         if not absent:
-            embeds = self._merge(embeds, crops, image_masks, image_input_idx)
+            embeds = self._merge(embeds, **images)
         return self.model.language_model(embeds, mask, cache)
 
-    def _merge(self, embeds: Tensor, crops: Tensor, image_masks: Tensor, image_input_idx: Tensor) -> Tensor:
+    def _merge(
+        self,
+        embeds: Tensor,
+        image_input_idx: Tensor,
+        crops: Tensor | None = None,
+        image_masks: Tensor | None = None,
+        image_features: Tensor | None = None,
+    ) -> Tensor:
         """Adds image rows to the embeddings [B, S, C] of their tokens."""
-        batch, _ = self._check_images(crops, image_masks, image_input_idx)
+        tokens, name = embeds.shape[1], "crops"
+        if image_features is None:
+            batch, _ = self.check_images(crops, image_masks, image_input_idx)
+        else:
+            expected = (*image_input_idx.shape, embeds.shape[2])
+            if tuple(image_features.shape) != expected:
+                raise ValueError(f"image_features: got shape {list(image_features.shape)}, expected {list(expected)}")
+            batch, name = len(image_features), "image_features"
         if batch != embeds.shape[0]:
-            raise ValueError(f"crops: got a batch of {batch}, expected {embeds.shape[0]} as in input_ids")
+            raise ValueError(f"{name}: got a batch of {batch}, expected {embeds.shape[0]} as in input_ids")
         keep = _kept(image_input_idx)
-        target, tokens = image_input_idx.flatten(1), embeds.shape[1]
+        target = image_input_idx.flatten(1)
         if keep.numel() and int(target.max()) >= tokens:
             raise ValueError(
                 f"image_input_idx: got an index of {int(target.max())}, expected below the prompt's length, {tokens}"
             )
         row = torch.arange(batch, device=target.device).unsqueeze(1)
         flat_target = (target + row * tokens).flatten()[keep]
+        given = image_features is not None
+        rows = image_features.flatten(0, 2)[keep] if given else self._encode(crops, image_masks, keep)
         # under autocast the connector's rows are of the lower precision, embeddings of the weights'
-        rows = self._encode(crops, image_masks, keep).to(embeds.dtype)
-        return embeds.flatten(0, 1).index_add(0, flat_target, rows).view_as(embeds)
+        return embeds.flatten(0, 1).index_add(0, flat_target, rows.to(embeds.dtype)).view_as(embeds)
 
     def _encode(self, crops: Tensor, image_masks: Tensor, keep: Tensor | None) -> Tensor:
         """Rows of the kept windows [K, C], or of all [B * T, M, C]."""
         return encode_crops(self.model.vision_model, crops.flatten(0, 1), image_masks.flatten(0, 1), keep)
 
-    def _check_images(self, crops: Tensor, image_masks: Tensor, image_input_idx: Tensor | None) -> tuple[int, int]:
+    def check_images(self, crops: Tensor, image_masks: Tensor, image_input_idx: Tensor | None) -> tuple[int, int]:
+        """Batch and tiles of image inputs; ValueError unless their shapes fit together and the model."""
         vision = self.config.vision
         if crops.dim() != 4 or crops.shape[2:] != (vision.num_patches, vision.patch_dim):
             raise ValueError(

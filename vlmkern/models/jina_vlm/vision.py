@@ -104,6 +104,22 @@ class VisionModel(nn.Module):
         return [outputs[slot] * seen for slot in slots]
 
 
+class VisionPath(nn.Module):
+    """Tower and connector as one module whose work depends on shapes only: what to compile or to export.
+
+    `encode_crops` leaves out work that a look at the pixels shows to be needless, which a compiled graph cannot.
+    """
+
+    def __init__(self, vision: VisionModel) -> None:
+        super().__init__()
+        self.vision = vision
+
+    def forward(self, crops: Tensor, image_masks: Tensor, keep: Tensor | None = None) -> Tensor:
+        """crops [T, N, patch_dim], image_masks [T, N] -> [T, M, C], or [K, C] for the windows in `keep`, flat indices
+        into T * M."""
+        return self.vision.vl_connector(self.vision(crops), image_masks, keep)
+
+
 def run_tower(vision: VisionModel, crops: Tensor) -> list[Tensor]:
     """`vision(crops)`, on CPUs a few crops at a time: crops do not see each other, and the activations of one crop a
     thread stay in cache, where those of thirteen are written to fresh memory (float32, five crops: 8 % of the time)."""
