@@ -1,4 +1,4 @@
-"""The vision path through torch.compile, torch.export and AOTInductor: one graph, one compilation for any crop count."""
+"""The vision path through torch.compile, torch.export and AOTInductor: one graph, compiled once for any crop count."""
 
 import subprocess
 import sys
