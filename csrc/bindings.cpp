@@ -153,6 +153,16 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
             attention_pool_slots(p.get(), at(q), at(pooled), scale, threads);
           },
           py::arg("q"), py::arg("pooled"), py::arg("scale"), py::arg("threads"));
+  m.def(
+      "attention_pool_slots_bwd",
+      [](int dtype, uintptr_t x, uintptr_t vectors, uintptr_t dx, int64_t windows, int64_t heads, int64_t size, int64_t width, float scale,
+         int threads) {
+        py::gil_scoped_release release;
+        attention_pool_slots_bwd(
+            {static_cast<DType>(dtype), at(x), at(vectors), static_cast<float*>(at(dx)), windows, heads, size, width, scale}, threads);
+      },
+      py::arg("dtype"), py::arg("x"), py::arg("vectors"), py::arg("dx"), py::arg("windows"), py::arg("heads"), py::arg("size"),
+      py::arg("width"), py::arg("scale"), py::arg("threads"));
   m.attr("max_linear_rows") = kMaxLinearRows;
   m.def(
       "linear_few_rows",
