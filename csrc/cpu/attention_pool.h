@@ -64,9 +64,9 @@ struct AttentionPool {
 // The gradients' part between the products with weights, see attention_pool_bwd.cpp. Everything is dense.
 struct PoolSlotsBwd {
   DType dtype;
-  const void* x;  // [windows, size, width], the slots as they are attended to
-  void* vectors;  // [windows, heads, 2, width]: a and b of each head in, y and pooled out
-  float* dx;      // [windows, size, width], added to
+  const void* x;         // [windows, size, width], the slots as they are attended to
+  void* const* vectors;  // 2 * heads of [windows, width]: a and b of each head in, y and pooled out
+  float* dx;             // [windows, size, width], added to
   int64_t windows, heads, size, width;
   float scale;
 };

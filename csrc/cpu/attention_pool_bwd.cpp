@@ -54,11 +54,11 @@ void differentiate(const PoolSlotsBwd& task, int64_t begin, int64_t end, float* 
   float* ds = p + heads * size;
   for (int64_t w = begin; w < end; ++w) {
     const T* x = static_cast<const T*>(task.x) + w * size * width;
-    T* vectors = static_cast<T*>(task.vectors) + w * heads * 2 * width;
+    auto vector = [&](int64_t i) { return static_cast<T*>(task.vectors[i]) + w * width; };
     float* dx = task.dx + w * size * width;
     for (int64_t h = 0; h < heads; ++h) {
-      dots(vectors + 2 * h * width, x, size, width, p + h * size);
-      dots(vectors + (2 * h + 1) * width, x, size, width, ds + h * size);
+      dots(vector(2 * h), x, size, width, p + h * size);
+      dots(vector(2 * h + 1), x, size, width, ds + h * size);
       weigh(p + h * size, ds + h * size, size, task.scale);
     }
     for (int64_t j = 0; j < size; j += kRows) {
@@ -67,7 +67,7 @@ void differentiate(const PoolSlotsBwd& task, int64_t begin, int64_t end, float* 
         const int n = lanes_from(width, c);
         Vec sum[kRows] = {};
         for (int64_t h = 0; h < heads; ++h) {
-          const Vec a = load_n(vectors + 2 * h * width + c, n), b = load_n(vectors + (2 * h + 1) * width + c, n);
+          const Vec a = load_n(vector(2 * h) + c, n), b = load_n(vector(2 * h + 1) + c, n);
           for (int r = 0; r < kRows; ++r) {
             const int64_t at = h * size + j + (r < rows ? r : 0);
             sum[r] = fma(set1(ds[at]), a, fma(set1(p[at]), b, sum[r]));
@@ -80,7 +80,7 @@ void differentiate(const PoolSlotsBwd& task, int64_t begin, int64_t end, float* 
       }
     }
     for (int64_t h = 0; h < heads; ++h) {
-      T *y = vectors + 2 * h * width, *pooled = y + width;
+      T *y = vector(2 * h), *pooled = vector(2 * h + 1);
       for (int64_t c = 0; c < width; c += Vec::width) {
         const int n = lanes_from(width, c);
         Vec sum = set1(0.0f), total = set1(0.0f);

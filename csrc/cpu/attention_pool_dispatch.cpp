@@ -150,11 +150,12 @@ void attention_pool_slots(const AttentionPool& p, const void* q, void* pooled, f
 void attention_pool_slots_bwd(const PoolSlotsBwd& task, int threads) {
   require(known(task.dtype), "dtype: unknown code");
   require(task.windows >= 0 && task.heads >= 0 && task.width >= 0 && task.size >= 1, "sizes must not be negative, size at least 1");
-  require_product("vectors", {task.windows, task.heads, 2, task.width});
+  require_product("vectors", {task.windows, task.width});
   require_product("x", {task.windows, task.size, task.width});
   require_product("weights", {task.heads, 2, task.size});
   if (task.windows == 0 || task.heads == 0 || task.width == 0) return;
   require(task.x && task.vectors && task.dx, "null pointer for a tensor that has elements");
+  for (int64_t i = 0; i < 2 * task.heads; ++i) require(task.vectors[i], "vectors: null pointer for a tensor that has elements");
   const Kernels& k = kernels();
   const size_t scratch = 2 * task.heads * task.size * sizeof(float);
   over_units(windows_of(task.windows, kWindowsPerUnit), threads, scratch, [&](int64_t unit, void* mine) {

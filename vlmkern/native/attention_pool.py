@@ -104,7 +104,7 @@ def attention_pool_bwd(grad: Tensor, *args: Any) -> list[Tensor]:
 
 
 # elements of the vectors that are held for a few heads at once
-_VECTORS = 1 << 22
+_VECTORS = 1 << 23
 
 
 def _attend_bwd(
@@ -134,37 +134,35 @@ def _attend_bwd(
         heads = range(first, min(first + group, num_heads))
         keys = [slice(h * key_dim, (h + 1) * key_dim) for h in heads]
         values = [slice(h * value_dim, (h + 1) * value_dim) for h in heads]
-        vectors = x.new_empty(windows, len(heads), 2, width)
-        for i, (key, value) in enumerate(zip(keys, values, strict=True)):
-            vectors[:, i, 0] = product(q[:, key], w_k[key].T, None)
-            vectors[:, i, 1] = product(d_ctx[:, value], w_v[value].T, None)
+        vectors = [
+            (product(q[:, key], w_k[key].T, None), product(d_ctx[:, value], w_v[value].T, None))
+            for key, value in zip(keys, values, strict=True)
+        ]
         extension().attention_pool_slots_bwd(
             dtype_code(x.dtype),
             x.data_ptr(),
-            vectors.data_ptr(),
+            [(a.data_ptr(), b.data_ptr()) for a, b in vectors],
             d_x.data_ptr(),
             windows,
-            len(heads),
             size,
             width,
             key_dim**-0.5,
             torch.get_num_threads(),
         )
-        for i, (key, value) in enumerate(zip(keys, values, strict=True)):
-            by_score, pooled = vectors[:, i].transpose(0, 1).contiguous()
+        for key, value, (by_score, pooled) in zip(keys, values, vectors, strict=True):
             d_q[:, key] = product(by_score, w_k[key], None)
             d_w_k[key] = product(q[:, key].T, by_score.T, None)
             d_w_v[value] = product(d_ctx[:, value].T, pooled.T, None)
             context[:, value] = product(pooled, w_v[value], None if b_kv is None else b_kv[len(w_q) :][value])
     # the mean gives every slot of a window the same share of the query's gradient
     d_x += (product(d_q, w_q.T, None) / size).unsqueeze(1)
-    # a bias of the keys adds the same to all scores of a softmax
-    d_b_kv = torch.cat([d_q.new_zeros(len(w_q)), d_ctx.sum(0)])
-    return d_x.to(x.dtype), [
+    d_b_q = d_q.sum(0)
+    return d_x, [
         product(d_q.T, mean.T, None),
-        d_q.sum(0),
+        d_b_q,
         d_w_kv,
-        d_b_kv,
+        # a bias of the keys adds the same to all scores of a softmax, and one of the values itself to the result
+        torch.cat([0 * d_b_q, d_ctx.sum(0)]),
         product(d_out.T, context.T, None),
     ]
 

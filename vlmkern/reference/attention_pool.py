@@ -73,6 +73,7 @@ def attention_pool_bwd(
     d_x = torch.where(slots.inside.unsqueeze(-1), d_x, 0).flatten(0, 1)
     index = slots.patch.flatten()
     per_patch = d_x.new_zeros(tiles * patches, x.shape[-1]).index_put((index,), d_x, accumulate=True)
+    per_patch = per_patch.to(x.dtype)
 
     grads: list[Tensor] = list(per_patch.view(tiles, patches, -1).split(channels, dim=-1))
     grads += [*of_weights, d_out.sum(0)]
