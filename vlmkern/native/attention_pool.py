@@ -103,8 +103,8 @@ def attention_pool_bwd(grad: Tensor, *args: Any) -> list[Tensor]:
     return reference.attention_pool_bwd(grad, *args, attend_bwd=_attend_bwd)
 
 
-# elements of the vectors that are held for a few heads at once
-_VECTORS = 1 << 23
+# bytes of the vectors that are held for a few heads at once
+_VECTORS = 1 << 24
 
 
 def _attend_bwd(
@@ -129,7 +129,7 @@ def _attend_bwd(
     d_w_kv = torch.empty_like(w_kv, memory_format=torch.contiguous_format)
     d_w_k, d_w_v = d_w_kv.split([len(w_q), w_o.shape[1]])
     d_x = x.new_zeros(x.shape, dtype=torch.float32)
-    group = max(1, _VECTORS // max(1, 2 * windows * width))
+    group = max(1, _VECTORS // max(1, 2 * windows * width * x.element_size()))
     for first in range(0, num_heads, group):
         heads = range(first, min(first + group, num_heads))
         keys = [slice(h * key_dim, (h + 1) * key_dim) for h in heads]

@@ -70,9 +70,9 @@ def attention_pool_bwd(
     d_x, of_weights = (attend_bwd or _attend_bwd)(d_out, x, w_q, b_q, w_kv, b_kv, w_o, num_heads)
 
     # zero slots beyond the grid belong to no patch
-    d_x = torch.where(slots.inside.unsqueeze(-1), d_x, 0).flatten(0, 1)
+    d_x = d_x.masked_fill_(~slots.inside.unsqueeze(-1), 0).flatten(0, 1)
     index = slots.patch.flatten()
-    per_patch = d_x.new_zeros(tiles * patches, x.shape[-1]).index_put((index,), d_x, accumulate=True)
+    per_patch = d_x.new_zeros(tiles * patches, x.shape[-1]).index_put_((index,), d_x, accumulate=True)
     per_patch = per_patch.to(x.dtype)
 
     grads: list[Tensor] = list(per_patch.view(tiles, patches, -1).split(channels, dim=-1))
@@ -94,7 +94,8 @@ def _attend_bwd(
     w_o: Tensor,
     num_heads: int,
 ) -> tuple[Tensor, list[Tensor]]:
-    """d_out [W, Co], slots x [W, J, L*C] -> gradients by x and by (w_q, b_q, w_kv, b_kv, w_o)."""
+    """d_out [W, Co], slots x [W, J, L*C] -> gradients by x, which the caller may write to, and by
+    (w_q, b_q, w_kv, b_kv, w_o)."""
     a = _attend(x, w_q, b_q, w_kv, b_kv, num_heads)
     windows, size, width = x.shape
 
