@@ -154,6 +154,19 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
             attention_pool_slots(p.get(), at(q), at(pooled), scale, threads);
           },
           py::arg("q"), py::arg("pooled"), py::arg("scale"), py::arg("threads"));
+  m.def(
+      "attention_pool_slots_bwd",
+      [](int dtype, uintptr_t x, const std::vector<std::array<uintptr_t, 2>>& vectors, uintptr_t dx, int64_t windows, int64_t size,
+         int64_t width, float scale, int threads) {
+        py::gil_scoped_release release;
+        std::vector<void*> pointers;
+        for (const auto& [a, b] : vectors) pointers.insert(pointers.end(), {at(a), at(b)});
+        attention_pool_slots_bwd({static_cast<DType>(dtype), at(x), pointers.data(), static_cast<float*>(at(dx)), windows,
+                                  int64_t(vectors.size()), size, width, scale},
+                                 threads);
+      },
+      py::arg("dtype"), py::arg("x"), py::arg("vectors"), py::arg("dx"), py::arg("windows"), py::arg("size"), py::arg("width"),
+      py::arg("scale"), py::arg("threads"));
   m.attr("max_linear_rows") = kMaxLinearRows;
   m.def(
       "linear_few_rows",

@@ -389,6 +389,85 @@ def problem(dtype=torch.float64, requires_grad=True):
     return run, tensors, mask
 
 
+@pytest.mark.parametrize("backend", op_backends("attention_pool_bwd"))
+class TestGradientNumbers:
+    """Against the reference in float64, which gradcheck covers."""
+
+    def gradients(self, backend, dtype, features, w, mask, grid, window=(2, 2), keep=None):
+        leaves = [*features, *w.projections, None if mask is None else w.pad_embed]
+        leaves = [t if t is None else t.to(dtype).detach().requires_grad_() for t in leaves]
+        *pair, w_q, b_q, w_kv, b_kv, w_o, b_o, pad_embed = leaves
+        with vlmkern.use_backend(backend):
+            out = ops.attention_pool(
+                pair, w_q, b_q, w_kv, b_kv, w_o, b_o,
+                grid=grid, num_heads=w.heads, window=window, pad_embed=pad_embed, mask=mask, keep=keep,
+            )  # fmt: skip
+            grad = torch.linspace(-1, 1, out.numel()).view(out.shape).sin().to(torch.bfloat16).to(dtype)
+            return torch.autograd.grad(out, [t for t in leaves if t is not None], grad)
+
+    def check(self, backend, *args, **options):
+        actual = self.gradients(backend, torch.float32, *args, **options)
+        expected = self.gradients("reference", torch.float64, *args, **options)
+        for a, e in zip(actual, expected, strict=True):
+            assert a.shape == e.shape and a.is_contiguous()
+            torch.testing.assert_close(a.double(), e, rtol=1e-4, atol=1e-5 * max(1.0, e.abs().max().item()))
+
+    @pytest.mark.parametrize(
+        ("grid", "window"), [((3, 5), (2, 2)), ((7, 6), (3, 3)), ((4, 4), (1, 1)), ((5, 3), (3, 2)), ((1, 1), (2, 2))]
+    )
+    @pytest.mark.parametrize(
+        ("heads", "key_dim", "value_dim", "channels"), [(2, 3, 5, 6), (16, 8, 8, 33), (1, 12, 24, 12)]
+    )
+    def test_shapes(self, backend, grid, window, heads, key_dim, value_dim, channels):
+        patches = grid[0] * grid[1]
+        w = Weights.make(2 * channels, heads, key_dim, value_dim, 10)
+        features = torch.randn(2, 3, patches, channels)
+        self.check(backend, features, w, random_mask(3, patches), grid, window)
+        self.check(backend, features, Weights.make(2 * channels, heads, key_dim, value_dim, 7, bias=False), None, grid)
+
+    @pytest.mark.parametrize("keep", [[], [4], [17, 0, 5, 5, 11]])
+    def test_keep(self, backend, keep):
+        w = Weights.make(12, 2, 3, 3, 10)
+        keep = torch.tensor(keep, dtype=torch.int64)
+        self.check(backend, torch.randn(2, 3, 15, 6), w, random_mask(3, 15), (3, 5), keep=keep)
+
+    def test_strided_features(self, backend):
+        w = Weights.make(12, 2, 3, 3, 10)
+        features = torch.randn(15, 3, 2, 9)[..., 2:8].permute(2, 1, 0, 3)
+        self.check(backend, features, w, None, (3, 5))
+
+    def test_a_few_heads_at_a_time(self, backend, monkeypatch):
+        if backend == "native":
+            monkeypatch.setattr("vlmkern.native.attention_pool._VECTORS", 3 * 2 * 6 * 12 * 4)
+        self.check(backend, torch.randn(2, 1, 15, 6), Weights.make(12, 8, 3, 4, 10), None, (3, 5))
+
+    @pytest.mark.parametrize("dtype", LOW_PRECISION)
+    def test_low_precision_at_released_sizes(self, backend, dtype):
+        w = Weights.make(2304, 16, 72, 72, 1152, dtype=dtype)
+        features, mask = torch.randn(2, 1, 25, 1152).to(dtype), random_mask(1, 25)
+
+        def run(t, backend="reference"):
+            return self.gradients(backend, t, features, w, mask, (5, 5))
+
+        actual, exact, low = run(dtype, backend), run(torch.float64), run(dtype)
+        for i in range(len(actual)):
+            low_precision_close(actual[i], lambda t, i=i: (exact if t == torch.float64 else low)[i])
+
+    def test_bitwise_repeatable(self, backend):
+        w, features = Weights.make(12, 2, 3, 3, 10), torch.randn(2, 9, 15, 6)
+        runs = [self.gradients(backend, torch.float32, features, w, None, (3, 5)) for _ in range(2)]
+        assert all(map(torch.equal, *runs))
+
+    def test_nan_spreads_as_in_the_formula(self, backend):
+        w, features = Weights.make(12, 2, 3, 3, 10), torch.randn(2, 3, 15, 6)
+        features[1, 1, 7, 2] = torch.nan
+        actual = self.gradients(backend, torch.float32, features, w, None, (3, 5))
+        expected = self.gradients("reference", torch.float64, features, w, None, (3, 5))
+        for i, (a, e) in enumerate(zip(actual, expected, strict=True)):
+            # the values' bias is added to every result whatever the features are
+            assert i == 5 or torch.equal(a.isnan(), e.isnan())
+
+
 class TestGradients:
     @pytest.mark.parametrize("keep", [None, [3, 0, 3, 11]])
     def test_gradcheck(self, keep):
@@ -554,6 +633,44 @@ class TestNativeArguments:
         keep = torch.tensor([0, 12])
         with pytest.raises(ValueError, match="keep: got 12, expected 0 to 11"):
             make(keep=keep.data_ptr(), windows=2).mean(64, 1)
+
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({0: 7}, "dtype"),
+            ({1: 0}, "null pointer"),
+            ({2: [(64, 64), (64, 0)]}, "vectors: null pointer"),
+            ({3: 0}, "null pointer"),
+            ({4: -1}, "negative"),
+            ({5: 0}, "size at least 1"),
+            ({6: 2**60}, "x|vectors"),
+        ],
+    )
+    def test_refused_gradients(self, make, changes, message):
+        arguments = [0, 64, [(64, 64), (64, 64)], 64, 12, 4, 6, 1.0, 1]
+        for index, value in changes.items():
+            arguments[index] = value
+        with pytest.raises(ValueError, match=message):
+            vlmkern.native.extension().attention_pool_slots_bwd(*arguments)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+    def test_gradients_write_only_their_outputs(self, make, dtype):
+        x, buffer = torch.randn(3, 5, 19).to(dtype), torch.full((4, 3 * 19 + 64), torch.nan, dtype=dtype)
+        d_x = torch.full((3 * 5 * 19 + 64,), torch.nan)
+        for row in (*buffer, d_x):
+            row[32:-32] = torch.randn(len(row) - 64)
+        pointers = [row[32:].data_ptr() for row in buffer]
+        vlmkern.native.extension().attention_pool_slots_bwd(
+            vlmkern.native.dtype_code(dtype),
+            x.data_ptr(),
+            [pointers[:2], pointers[2:]],
+            d_x[32:].data_ptr(),
+            *x.shape,
+            0.5,
+            1,
+        )
+        for row in (*buffer, d_x):
+            assert row[:32].isnan().all() and row[-32:].isnan().all() and row[32:-32].isfinite().all()
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     def test_writes_only_its_outputs(self, make, dtype):

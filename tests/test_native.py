@@ -58,6 +58,17 @@ for dtype, limit in ((torch.float32, 2e-6), (torch.bfloat16, 2e-2), (torch.float
             bwd(*inputs, exact, exact_lse, dim**-0.5, None, None),
         ):
             torch.testing.assert_close(actual.double(), expected, rtol=2 * limit, atol=2 * limit)
+    from vlmkern.native.attention_pool import attention_pool_bwd
+    from vlmkern.reference import attention_pool as reference_pool
+    tensors = [torch.randn(1, 15, 9), torch.randn(6, 9) / 3, torch.randn(14, 9) / 3, torch.randn(4, 8) / 3]
+    f, w_q, w_kv, w_o = (t.to(dtype) for t in tensors)
+    grad = torch.randn(1, 4, 4).to(dtype)
+    options = ([3, 5], 2, [2, 3], None, None, None, [True] * 7)
+    actual = attention_pool_bwd(grad, [f], w_q, None, w_kv, None, w_o, *options)
+    f, w_q, w_kv, w_o, grad = (t.double() for t in (f, w_q, w_kv, w_o, grad))
+    expected = reference_pool.attention_pool_bwd(grad, [f], w_q, None, w_kv, None, w_o, *options)
+    for a, e in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a.double(), e, rtol=2 * limit, atol=limit * (1 + e.abs().max().item()))
     for rows in (1, 2, 3, 4):
         x, weight, bias = (t.to(dtype) for t in (torch.randn(rows, 137), torch.randn(9, 137) / 12, torch.randn(9)))
         exact = torch.nn.functional.linear(x.double(), weight.double(), bias.double())
@@ -248,6 +259,19 @@ def test_attention_threads_change_no_bit():
             results.append(attention_with_gradient(qkv))
     finally:
         torch.set_num_threads(threads)
+    assert all(all(map(torch.equal, results[0], result)) for result in results[1:])
+
+
+def test_attention_pool_gradient_threads_change_no_bit():
+    features, vectors = torch.randn(200, 4, 96), torch.randn(3, 2, 200, 96)
+    results = []
+    for threads in (1, 2, 5):
+        pair, d_x = vectors.clone(), torch.zeros(200, 4, 96)
+        pointers = [[t.data_ptr() for t in head] for head in pair]
+        vlmkern.native.extension().attention_pool_slots_bwd(
+            0, features.data_ptr(), pointers, d_x.data_ptr(), 200, 4, 96, 0.1, threads
+        )
+        results.append((pair, d_x))
     assert all(all(map(torch.equal, results[0], result)) for result in results[1:])
 
 

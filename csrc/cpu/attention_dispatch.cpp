@@ -1,15 +1,10 @@
-#include <omp.h>
-
 #include <algorithm>
-#include <cstdlib>
-#include <limits>
-#include <memory>
-#include <new>
 #include <stdexcept>
 #include <string>
 
 #include "cpu/check.h"
 #include "cpu/kernels.h"
+#include "cpu/units.h"
 
 namespace vlmkern {
 namespace {
@@ -78,25 +73,6 @@ class Head {
   int64_t head_, batch_, start_, tokens_;
 };
 
-// Calls run(unit, scratch) for all units of work, on several threads.
-template <typename Run>
-void over_units(int64_t units, size_t scratch, int threads, Run run) {
-  scratch = (scratch + kAlignment - 1) / kAlignment * kAlignment;
-  // before the threads start: an exception could not leave a parallel region
-  const std::unique_ptr<void, Free> memory(std::aligned_alloc(kAlignment, scratch * threads));
-  if (!memory) throw std::bad_alloc();
-  if (threads == 1) {
-    for (int64_t unit = 0; unit < units; ++unit) run(unit, memory.get());
-    return;
-  }
-#pragma omp parallel num_threads(threads)
-  {
-    void* mine = static_cast<char*>(memory.get()) + scratch * omp_get_thread_num();
-#pragma omp for schedule(dynamic)
-    for (int64_t unit = 0; unit < units; ++unit) run(unit, mine);
-  }
-}
-
 }  // namespace
 
 void attention_fwd(const Attention& p, int threads) {
@@ -109,7 +85,7 @@ void attention_fwd(const Attention& p, int threads) {
   const int64_t heads = sequences(p) * p.heads;
   threads = int(std::clamp<int64_t>(threads, 1, std::max<int64_t>(1, p.batch * p.tokens * p.heads / 16)));
   const int64_t shares = heads >= threads ? 1 : (threads + heads - 1) / heads;
-  over_units(heads * shares, k.attention_scratch(p.dtype, longest(p), p.head_dim), threads, [&](int64_t unit, void* scratch) {
+  over_units(heads * shares, threads, k.attention_scratch(p.dtype, longest(p), p.head_dim), [&](int64_t unit, void* scratch) {
     const int64_t share = unit % shares;
     const Head head(p, unit / shares / p.heads, unit / shares % p.heads);
     if (head.tokens() == 0) return;
@@ -135,8 +111,7 @@ void attention_bwd(const AttentionBwd& p, int threads) {
 
   // the gradients of k and v sum over queries, so a head is not cut
   const int64_t heads = sequences(p) * p.heads;
-  threads = int(std::clamp<int64_t>(threads, 1, heads));
-  over_units(heads, k.attention_bwd_scratch(p.dtype, longest(p), p.head_dim), threads, [&](int64_t unit, void* scratch) {
+  over_units(heads, threads, k.attention_bwd_scratch(p.dtype, longest(p), p.head_dim), [&](int64_t unit, void* scratch) {
     const Head head(p, unit / p.heads, unit % p.heads);
     if (head.tokens() == 0) return;
     AttentionHeadBwd task;

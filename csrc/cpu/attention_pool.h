@@ -61,6 +61,16 @@ struct AttentionPool {
   int64_t windows;
 };
 
+// The gradients' part between the products with weights, see attention_pool_bwd.cpp. Everything is dense.
+struct PoolSlotsBwd {
+  DType dtype;
+  const void* x;         // [windows, size, width], the slots as they are attended to
+  void* const* vectors;  // 2 * heads of [windows, width]: a and b of each head in, y and pooled out
+  float* dx;             // [windows, size, width], added to
+  int64_t windows, heads, size, width;
+  float scale;
+};
+
 // All throw std::invalid_argument on sizes, strides, indices or pointers that cannot be; they touch nothing before that.
 
 // The means of the windows' slots, dense [windows, layers * channels].
@@ -72,5 +82,7 @@ void attention_pool_context(const AttentionPool& problem, const void* q, const v
 
 // One head, its query projected into the slots' space: softmax_j(scale * q . x_j) x_j, dense [windows, layers * channels].
 void attention_pool_slots(const AttentionPool& problem, const void* q, void* pooled, float scale, int threads);
+
+void attention_pool_slots_bwd(const PoolSlotsBwd& task, int threads);
 
 }  // namespace vlmkern

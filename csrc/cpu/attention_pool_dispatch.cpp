@@ -1,15 +1,11 @@
-#include <omp.h>
-
 #include <algorithm>
-#include <cstdlib>
-#include <memory>
-#include <new>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
 #include "cpu/check.h"
 #include "cpu/kernels.h"
+#include "cpu/units.h"
 
 namespace vlmkern {
 namespace {
@@ -84,25 +80,6 @@ PoolWindows windows_from(const AttentionPool& p, const std::vector<PoolSlot>& sl
   return windows;
 }
 
-// Calls run(unit, scratch) for all units. Memory is taken before the threads start: an exception could not leave them.
-template <class Run>
-void over_units(int64_t units, int threads, size_t scratch, Run run) {
-  threads = int(std::clamp<int64_t>(threads, 1, std::max<int64_t>(1, units)));
-  scratch = (scratch + kAlignment - 1) / kAlignment * kAlignment;
-  const std::unique_ptr<void, Free> memory(std::aligned_alloc(kAlignment, std::max<size_t>(scratch, kAlignment) * threads));
-  if (!memory) throw std::bad_alloc();
-  if (threads == 1) {
-    for (int64_t unit = 0; unit < units; ++unit) run(unit, memory.get());
-    return;
-  }
-#pragma omp parallel num_threads(threads)
-  {
-    void* mine = static_cast<char*>(memory.get()) + scratch * omp_get_thread_num();
-#pragma omp for schedule(dynamic)
-    for (int64_t unit = 0; unit < units; ++unit) run(unit, mine);
-  }
-}
-
 // windows per unit of work of the kernels that go by windows; a unit reads 600 KB at the released sizes in bfloat16
 constexpr int64_t kWindowsPerUnit = 32;
 
@@ -167,6 +144,22 @@ void attention_pool_slots(const AttentionPool& p, const void* q, void* pooled, f
   const size_t scratch = windows.size * k.attention_pool_lanes() * sizeof(float);
   over_units(windows_of(p.windows, kWindowsPerUnit), threads, scratch, [&](int64_t unit, void* mine) {
     k.attention_pool_slots(windows, q, unit * kWindowsPerUnit, std::min(p.windows, (unit + 1) * kWindowsPerUnit), scale, mine, pooled);
+  });
+}
+
+void attention_pool_slots_bwd(const PoolSlotsBwd& task, int threads) {
+  require(known(task.dtype), "dtype: unknown code");
+  require(task.windows >= 0 && task.heads >= 0 && task.width >= 0 && task.size >= 1, "sizes must not be negative, size at least 1");
+  require_product("vectors", {task.windows, task.width});
+  require_product("x", {task.windows, task.size, task.width});
+  require_product("weights", {task.heads, 2, task.size});
+  if (task.windows == 0 || task.heads == 0 || task.width == 0) return;
+  require(task.x && task.vectors && task.dx, "null pointer for a tensor that has elements");
+  for (int64_t i = 0; i < 2 * task.heads; ++i) require(task.vectors[i], "vectors: null pointer for a tensor that has elements");
+  const Kernels& k = kernels();
+  const size_t scratch = 2 * task.heads * task.size * sizeof(float);
+  over_units(windows_of(task.windows, kWindowsPerUnit), threads, scratch, [&](int64_t unit, void* mine) {
+    k.attention_pool_slots_bwd(task, unit * kWindowsPerUnit, std::min(task.windows, (unit + 1) * kWindowsPerUnit), mine);
   });
 }
 

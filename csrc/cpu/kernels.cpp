@@ -16,12 +16,14 @@ namespace vlmkern {
   void attention_pool_heads(const PoolHeads&, void*);                                                                   \
   void attention_pool_mean(const PoolWindows&, int64_t, int64_t, void*);                                                \
   void attention_pool_slots(const PoolWindows&, const void*, int64_t, int64_t, float, void*, void*);                    \
+  void attention_pool_slots_bwd(const PoolSlotsBwd&, int64_t, int64_t, void*);                                          \
   void linear_few_rows(const FewRowsLinear&, int64_t, int64_t);                                                         \
   void silu_mul_fwd(DType, const void*, int64_t, void*, int64_t, int64_t);                                              \
   void silu_mul_bwd(DType, const void*, const void*, int64_t, void*, void*, int64_t, int64_t);                          \
   static const Kernels table{attention_scratch, attention_head, attention_bwd_scratch, attention_head_bwd,              \
                              attention_pool_lanes, attention_pool_scratch, attention_pool_heads, attention_pool_mean,   \
-                             attention_pool_slots, linear_few_rows, silu_mul_fwd, silu_mul_bwd};                        \
+                             attention_pool_slots, attention_pool_slots_bwd, linear_few_rows, silu_mul_fwd,             \
+                             silu_mul_bwd};                                                                             \
   }
 
 VLMKERN_TABLE(portable)

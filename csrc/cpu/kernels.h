@@ -29,6 +29,8 @@ struct Kernels {
   void (*attention_pool_mean)(const PoolWindows&, int64_t begin, int64_t end, void* mean);
   // scratch: a vector per slot of a window
   void (*attention_pool_slots)(const PoolWindows&, const void* q, int64_t begin, int64_t end, float scale, void* scratch, void* pooled);
+  // Windows begin to end of all; scratch: 2 floats per head and slot of a window
+  void (*attention_pool_slots_bwd)(const PoolSlotsBwd&, int64_t begin, int64_t end, void* scratch);
 
   // Outputs begin to end of all rows.
   void (*linear_few_rows)(const FewRowsLinear&, int64_t begin, int64_t end);

@@ -100,7 +100,71 @@ def attention_pool(
 def attention_pool_bwd(grad: Tensor, *args: Any) -> list[Tensor]:
     """See `vlmkern.reference.attention_pool.attention_pool_bwd`."""
     require_dtype("attention_pool_bwd", grad.dtype)
-    return reference.attention_pool_bwd(grad, *args, product=product)
+    return reference.attention_pool_bwd(grad, *args, attend_bwd=_attend_bwd)
+
+
+# bytes of the vectors that are held for a few heads at once
+_VECTORS = 1 << 24
+
+
+def _attend_bwd(
+    d_out: Tensor,
+    x: Tensor,
+    w_q: Tensor,
+    b_q: Tensor | None,
+    w_kv: Tensor,
+    b_kv: Tensor | None,
+    w_o: Tensor,
+    num_heads: int,
+) -> tuple[Tensor, list[Tensor]]:
+    """The reference's, with neither keys nor values: csrc/cpu/attention_pool_bwd.cpp has the algebra. A third of the
+    products' work at four slots a window, a few heads at a time."""
+    x = x.contiguous()
+    windows, size, width = x.shape
+    key_dim, value_dim = len(w_q) // num_heads, w_o.shape[1] // num_heads
+    w_k, w_v = w_kv.contiguous().split([len(w_q), w_o.shape[1]])
+    mean = x.mean(1)
+    q, d_ctx = product(mean, w_q, b_q), product(d_out, w_o.T, None)
+    context, d_q = torch.empty_like(d_ctx), torch.empty_like(q)
+    d_w_kv = torch.empty_like(w_kv, memory_format=torch.contiguous_format)
+    d_w_k, d_w_v = d_w_kv.split([len(w_q), w_o.shape[1]])
+    d_x = x.new_zeros(x.shape, dtype=torch.float32)
+    group = max(1, _VECTORS // max(1, 2 * windows * width * x.element_size()))
+    for first in range(0, num_heads, group):
+        heads = range(first, min(first + group, num_heads))
+        keys = [slice(h * key_dim, (h + 1) * key_dim) for h in heads]
+        values = [slice(h * value_dim, (h + 1) * value_dim) for h in heads]
+        vectors = [
+            (product(q[:, key], w_k[key].T, None), product(d_ctx[:, value], w_v[value].T, None))
+            for key, value in zip(keys, values, strict=True)
+        ]
+        extension().attention_pool_slots_bwd(
+            dtype_code(x.dtype),
+            x.data_ptr(),
+            [(a.data_ptr(), b.data_ptr()) for a, b in vectors],
+            d_x.data_ptr(),
+            windows,
+            size,
+            width,
+            key_dim**-0.5,
+            torch.get_num_threads(),
+        )
+        for key, value, (by_score, pooled) in zip(keys, values, vectors, strict=True):
+            d_q[:, key] = product(by_score, w_k[key], None)
+            d_w_k[key] = product(q[:, key].T, by_score.T, None)
+            d_w_v[value] = product(d_ctx[:, value].T, pooled.T, None)
+            context[:, value] = product(pooled, w_v[value], None if b_kv is None else b_kv[len(w_q) :][value])
+    # the mean gives every slot of a window the same share of the query's gradient
+    d_x += (product(d_q, w_q.T, None) / size).unsqueeze(1)
+    d_b_q = d_q.sum(0)
+    return d_x, [
+        product(d_q.T, mean.T, None),
+        d_b_q,
+        d_w_kv,
+        # a bias of the keys adds the same to all scores of a softmax, and one of the values itself to the result
+        torch.cat([0 * d_b_q, d_ctx.sum(0)]),
+        product(d_out.T, context.T, None),
+    ]
 
 
 def _folded(

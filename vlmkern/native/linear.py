@@ -57,7 +57,12 @@ def product(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
     # oneDNN reads transposed operands in place; other dtypes' products reach it through torch
     if a.dtype != torch.float32 or a.numel() == 0 or b.numel() == 0 or not torch.backends.mkldnn.is_available():
         return F.linear(a, b, bias)
-    return torch.ops.mkldnn._linear_pointwise(a, b, bias, "none", [], "")
+    return torch.ops.mkldnn._linear_pointwise(_dense(a), _dense(b), bias, "none", [], "")
+
+
+def _dense(matrix: Tensor) -> Tensor:
+    # a view with gaps between its rows may send oneDNN to its slowest kernels, a thousand times slower
+    return matrix if matrix.is_contiguous() or matrix.T.is_contiguous() else matrix.contiguous()
 
 
 def takes_onednn(rows: Tensor, weight: Tensor) -> bool:

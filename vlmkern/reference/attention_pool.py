@@ -59,18 +59,47 @@ def attention_pool_bwd(
     keep: Tensor | None,
     wanted: list[bool],
     *,
-    product: Callable[[Tensor, Tensor, Tensor | None], Tensor] = F.linear,
+    attend_bwd: Callable[..., tuple[Tensor, list[Tensor]]] | None = None,
 ) -> list[Tensor]:
     """Gradients by (*features, w_q, b_q, w_kv, b_kv, w_o, b_o, pad_embed), those that are wanted, in this
-    order. Everything is recomputed from the inputs. `product` is a b^T + c."""
+    order. Everything is recomputed from the inputs. Backends may have their own `attend_bwd`."""
     tiles, patches, channels = features[0].shape
     slots = _slots(tiles, grid, window, keep, grad.device)
     x = _gather(features, slots, pad_embed, mask)
-    a = _attend(x, w_q, b_q, w_kv, b_kv, num_heads, product)
+    d_out = grad.reshape(len(x), grad.shape[-1])
+    d_x, of_weights = (attend_bwd or _attend_bwd)(d_out, x, w_q, b_q, w_kv, b_kv, w_o, num_heads)
+
+    # zero slots beyond the grid belong to no patch
+    d_x = d_x.masked_fill_(~slots.inside.unsqueeze(-1), 0).flatten(0, 1)
+    index = slots.patch.flatten()
+    per_patch = d_x.new_zeros(tiles * patches, x.shape[-1]).index_put_((index,), d_x, accumulate=True)
+    per_patch = per_patch.to(x.dtype)
+
+    grads: list[Tensor] = list(per_patch.view(tiles, patches, -1).split(channels, dim=-1))
+    grads += [*of_weights, d_out.sum(0)]
+    if pad_embed is not None:
+        assert mask is not None
+        zero, partial = (chosen.flatten().to(x.dtype) for chosen in pad_rows(mask))
+        grads.append(torch.stack([zero @ per_patch, partial @ per_patch]))
+    return [g.contiguous() for g, want in zip(grads, wanted, strict=False) if want]
+
+
+def _attend_bwd(
+    d_out: Tensor,
+    x: Tensor,
+    w_q: Tensor,
+    b_q: Tensor | None,
+    w_kv: Tensor,
+    b_kv: Tensor | None,
+    w_o: Tensor,
+    num_heads: int,
+) -> tuple[Tensor, list[Tensor]]:
+    """d_out [W, Co], slots x [W, J, L*C] -> gradients by x, which the caller may write to, and by
+    (w_q, b_q, w_kv, b_kv, w_o)."""
+    a = _attend(x, w_q, b_q, w_kv, b_kv, num_heads)
     windows, size, width = x.shape
 
-    d_out = grad.reshape(windows, grad.shape[-1])
-    d_ctx = product(d_out, w_o.T, None).unflatten(-1, (num_heads, -1)).unsqueeze(1).to(a.p.dtype)
+    d_ctx = (d_out @ w_o).unflatten(-1, (num_heads, -1)).unsqueeze(1).to(a.p.dtype)
     d_v = a.p.unsqueeze(-1) * d_ctx
     d_p = (d_ctx * a.v).sum(-1)
     d_scores = a.p * (d_p - (a.p * d_p).sum(1, keepdim=True)) * a.scale
@@ -79,27 +108,8 @@ def attention_pool_bwd(
     d_kv = torch.cat([d_k.flatten(2), d_v.flatten(2)], dim=-1).to(x.dtype).flatten(0, 1)
 
     # the mean gives every slot of a window the same share of the query's gradient
-    d_x = product(d_kv, w_kv.T, None).view(windows, size, width)
-    d_x += (product(d_q, w_q.T, None) / size).unsqueeze(1)
-    # zero slots beyond the grid belong to no patch
-    d_x = torch.where(slots.inside.unsqueeze(-1), d_x, 0).flatten(0, 1)
-    index = slots.patch.flatten()
-    per_patch = d_x.new_zeros(tiles * patches, width).index_put((index,), d_x, accumulate=True)
-
-    grads: list[Tensor] = list(per_patch.view(tiles, patches, width).split(channels, dim=-1))
-    grads += [
-        product(d_q.T, x.mean(1).T, None),
-        d_q.sum(0),
-        product(d_kv.T, x.flatten(0, 1).T, None),
-        d_kv.sum(0),
-        product(d_out.T, a.context.T, None),
-        d_out.sum(0),
-    ]
-    if pad_embed is not None:
-        assert mask is not None
-        zero, partial = (chosen.flatten().to(x.dtype) for chosen in pad_rows(mask))
-        grads.append(torch.stack([zero @ per_patch, partial @ per_patch]))
-    return [g.contiguous() for g, want in zip(grads, wanted, strict=False) if want]
+    d_x = (d_kv @ w_kv).view(windows, size, width) + (d_q @ w_q / size).unsqueeze(1)
+    return d_x, [d_q.T @ x.mean(1), d_q.sum(0), d_kv.T @ x.flatten(0, 1), d_kv.sum(0), d_out.T @ a.context]
 
 
 class _Slots(NamedTuple):
@@ -165,11 +175,10 @@ def _attend(
     w_kv: Tensor,
     b_kv: Tensor | None,
     num_heads: int,
-    product: Callable[[Tensor, Tensor, Tensor | None], Tensor] = F.linear,
 ) -> _Attended:
     accumulator = torch.promote_types(x.dtype, torch.float32)
-    kv = product(x.flatten(0, 1), w_kv, b_kv).unflatten(0, x.shape[:2])
-    q = product(x.mean(1), w_q, b_q).unflatten(-1, (num_heads, -1)).unsqueeze(1).to(accumulator)
+    kv = F.linear(x, w_kv, b_kv)
+    q = F.linear(x.mean(1), w_q, b_q).unflatten(-1, (num_heads, -1)).unsqueeze(1).to(accumulator)
     k, v = (
         t.unflatten(-1, (num_heads, -1)).to(accumulator)
         for t in kv.split([w_q.shape[0], w_kv.shape[0] - w_q.shape[0]], dim=-1)

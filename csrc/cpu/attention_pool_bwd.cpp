@@ -1,0 +1,111 @@
+// Gradients of attention pooling, between the products with weights, by the algebra of attention_pool.cpp: neither keys
+// nor values of single slots are made, nor their gradients. Per window with slots x_j and per head:
+//     a = W_K^T q and b = W_V^T do come in, from the query and the gradient of the head's attended values;
+//     p = softmax_j(scale * a . x_j), ds_j = scale * p_j (b . x_j - sum_i p_i b . x_i), as biases drop out of both;
+//     dx_j += ds_j a + p_j b;
+//     y = sum_j ds_j x_j and pooled = sum_j p_j x_j take the places of a and b. The rest is theirs:
+//     dq = W_K y, dW_K = q y^T, dW_V = do pooled^T.
+//
+// 16 * slots FLOPs and about four elements of traffic per head and channel; sums are float32.
+#include "cpu/attention_pool.h"
+#include "cpu/vec.h"
+
+namespace vlmkern {
+namespace VLMKERN_ISA {
+namespace {
+
+constexpr int kRows = 4;  // slots that share a pass over a and b
+
+int lanes_from(int64_t width, int64_t c) { return int(width - c < Vec::width ? width - c : Vec::width); }
+
+// to[j] = vector . x_j
+template <typename T>
+void dots(const T* vector, const T* x, int64_t size, int64_t width, float* to) {
+  for (int64_t j = 0; j < size; j += kRows) {
+    const int rows = int(size - j < kRows ? size - j : kRows);
+    const T* row[kRows];
+    for (int r = 0; r < kRows; ++r) row[r] = x + (j + (r < rows ? r : rows - 1)) * width;
+    Vec sum[kRows] = {};
+    for (int64_t c = 0; c < width; c += Vec::width) {
+      const int n = lanes_from(width, c);
+      const Vec v = load_n(vector + c, n);
+      for (int r = 0; r < kRows; ++r) sum[r] = fma(v, load_n(row[r] + c, n), sum[r]);
+    }
+    for (int r = 0; r < rows; ++r) to[j + r] = horizontal_sum(sum[r]);
+  }
+}
+
+// scores -> p, a . x_j to ds
+void weigh(float* p, float* ds, int64_t size, float scale) {
+  float highest = p[0] * scale, total = 0, mean = 0;
+  for (int64_t j = 0; j < size; ++j) {
+    p[j] *= scale;
+    if (p[j] > highest) highest = p[j];
+  }
+  for (int64_t j = 0; j < size; ++j) total += p[j] = __builtin_expf(p[j] - highest);
+  for (int64_t j = 0; j < size; ++j) p[j] /= total;
+  for (int64_t j = 0; j < size; ++j) mean += p[j] * ds[j];
+  for (int64_t j = 0; j < size; ++j) ds[j] = p[j] * (ds[j] - mean) * scale;
+}
+
+template <typename T>
+void differentiate(const PoolSlotsBwd& task, int64_t begin, int64_t end, float* p) {
+  const int64_t size = task.size, width = task.width, heads = task.heads;
+  float* ds = p + heads * size;
+  for (int64_t w = begin; w < end; ++w) {
+    const T* x = static_cast<const T*>(task.x) + w * size * width;
+    auto vector = [&](int64_t i) { return static_cast<T*>(task.vectors[i]) + w * width; };
+    float* dx = task.dx + w * size * width;
+    for (int64_t h = 0; h < heads; ++h) {
+      dots(vector(2 * h), x, size, width, p + h * size);
+      dots(vector(2 * h + 1), x, size, width, ds + h * size);
+      weigh(p + h * size, ds + h * size, size, task.scale);
+    }
+    for (int64_t j = 0; j < size; j += kRows) {
+      const int rows = int(size - j < kRows ? size - j : kRows);
+      for (int64_t c = 0; c < width; c += Vec::width) {
+        const int n = lanes_from(width, c);
+        Vec sum[kRows] = {};
+        for (int64_t h = 0; h < heads; ++h) {
+          const Vec a = load_n(vector(2 * h) + c, n), b = load_n(vector(2 * h + 1) + c, n);
+          for (int r = 0; r < kRows; ++r) {
+            const int64_t at = h * size + j + (r < rows ? r : 0);
+            sum[r] = fma(set1(ds[at]), a, fma(set1(p[at]), b, sum[r]));
+          }
+        }
+        for (int r = 0; r < rows; ++r) {
+          float* to = dx + (j + r) * width + c;
+          store_n(to, load_n(to, n) + sum[r], n);
+        }
+      }
+    }
+    for (int64_t h = 0; h < heads; ++h) {
+      T *y = vector(2 * h), *pooled = vector(2 * h + 1);
+      for (int64_t c = 0; c < width; c += Vec::width) {
+        const int n = lanes_from(width, c);
+        Vec sum = set1(0.0f), total = set1(0.0f);
+        for (int64_t j = 0; j < size; ++j) {
+          const Vec slot = load_n(x + j * width + c, n);
+          sum = fma(set1(ds[h * size + j]), slot, sum);
+          total = fma(set1(p[h * size + j]), slot, total);
+        }
+        store_n(y + c, sum, n);
+        store_n(pooled + c, total, n);
+      }
+    }
+  }
+}
+
+}  // namespace
+
+void attention_pool_slots_bwd(const PoolSlotsBwd& task, int64_t begin, int64_t end, void* scratch) {
+  float* p = static_cast<float*>(scratch);
+  switch (task.dtype) {
+    case DType::f32: return differentiate<float>(task, begin, end, p);
+    case DType::bf16: return differentiate<bf16>(task, begin, end, p);
+    case DType::f16: return differentiate<f16>(task, begin, end, p);
+  }
+}
+
+}  // namespace VLMKERN_ISA
+}  // namespace vlmkern
