@@ -67,7 +67,7 @@ SIZES = (
 
 
 def config() -> JinaVLMConfig:
-    """About 60 million parameters: released geometry, heads of 72 and of 64."""
+    """54 million parameters: released geometry, heads of 72 and of 64."""
     return JinaVLMConfig(
         vision=VisionConfig(hidden_size=288, num_layers=14, num_heads=4, mlp_size=1076),
         connector=ConnectorConfig(num_heads=4, mlp_size=1536, output_size=512),

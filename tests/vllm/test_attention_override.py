@@ -137,3 +137,22 @@ def test_whoever_was_first_stays(siglip, caplog):
             assert kept is Other
         logging.getLogger("vllm").propagate = before
     assert "Other already, which is kept" in caplog.text
+
+
+@pytest.mark.parametrize("value", ["1", "0", None])
+def test_the_variable_decides_and_registering_twice_does_no_harm(monkeypatch, value):
+    from vllm.model_executor.custom_op import op_registry_oot
+
+    from vlmkern.integrations.vllm import register
+    from vlmkern.integrations.vllm.attention import VlmkernEncoderAttention
+
+    monkeypatch.delenv("VLMKERN_VLLM_ATTENTION", raising=False)
+    if value is not None:
+        monkeypatch.setenv("VLMKERN_VLLM_ATTENTION", value)
+    try:
+        register()
+        register()
+        expected = VlmkernEncoderAttention if value == "1" else None
+        assert op_registry_oot.get("MMEncoderAttention") is expected
+    finally:
+        op_registry_oot.pop("MMEncoderAttention", None)

@@ -113,6 +113,14 @@ def test_the_same_text_about_another_picture_of_the_same_size(served_checkpoint,
     assert other["logprobs"][0] != pytest.approx(first["logprobs"][0], abs=1e-3)
 
 
+def test_without_pictures_the_tower_is_not_loaded(served_checkpoint, tmp_path):
+    engine = {**EAGER, **IN_PROCESS, "limit_mm_per_prompt": {"image": 0}}
+    ((result,),) = run_engine(
+        served_checkpoint, [[oracle_prompt("text")]], tmp_path, engine, VLLM_ENABLE_V1_MULTIPROCESSING="0"
+    )
+    assert result["tokens"] == oracle_tokens("text")
+
+
 def test_bfloat16_stays_near(served_checkpoint, tmp_path, truth):
     engine = {**EAGER, **IN_PROCESS, "dtype": "bfloat16"}
     jobs = [[oracle_prompt(case)] for case in CASES]

@@ -154,6 +154,20 @@ def test_requests_may_only_ask_for_less(processor, kwargs):
         apply(processor, [0, IMAGE_ID], noise(64, 64), **kwargs)
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [({"base_size": 392}, "got crops, patches and pooling"), ({"im_slice_token_id": 320}, "expected ids below 320")],
+)
+def test_settings_that_do_not_go_with_the_model_are_refused_at_the_start(build, settings, message):
+    with pytest.raises(ValueError, match=message):
+        build(**settings).info.image_processor  # noqa: B018
+
+
+def test_embeddings_are_refused(processor):
+    with pytest.raises(ValueError, match="embeddings are not taken"):
+        processor._get_mm_fields_config({"image_embeds": torch.zeros(3, 64)}, {})
+
+
 def test_ids_come_from_the_files_then_the_tokenizer_then_the_table(processor, served_checkpoint, build, tmp_path):
     assert processor.info.image_processor.image_token_ids == (300, 301, 302, 303, 304, 305)
     assert processor.info.image_processor.bos_token_id == 0

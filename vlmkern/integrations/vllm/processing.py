@@ -21,7 +21,7 @@ from vllm.multimodal.processing import (
     PromptUpdateDetails,
 )
 
-from ...models.jina_vlm import ImageInputs, JinaVLMImageProcessor
+from ...models.jina_vlm import ImageInputs, JinaVLMConfig, JinaVLMImageProcessor
 from ...models.jina_vlm.processor import TOKEN_NAMES
 from ...models.jina_vlm.tiling import TilePlan, candidate_tilings
 from .config import JvlmConfig
@@ -47,7 +47,11 @@ class JinaVLMProcessingInfo(BaseProcessingInfo):
     @cached_property
     def image_processor(self) -> JinaVLMImageProcessor:
         """Built from preprocessor_config.json and `--mm-processor-kwargs`. Special ids are those that the files give,
-        else those that the tokenizer knows by name, else the rows behind the base vocabulary, in order."""
+        else those that the tokenizer knows by name, else the rows behind the base vocabulary, in order.
+
+        Raises:
+            ValueError: settings that do not go with config.json.
+        """
         return self._build()
 
     def _build(self, **overrides: Any) -> JinaVLMImageProcessor:
@@ -58,7 +62,9 @@ class JinaVLMProcessingInfo(BaseProcessingInfo):
             if settings.get(key) is None:
                 settings[key] = known.get(name, config.text_config.vocab_size + offset)
         settings["bos_token_id"] = config.bos_token_id
-        return JinaVLMImageProcessor.from_dict(settings, **{**self._engine_kwargs, **overrides})
+        processor = JinaVLMImageProcessor.from_dict(settings, **{**self._engine_kwargs, **overrides})
+        _check_fit(processor, config.sizes())
+        return processor
 
     def image_processor_for(self, request_kwargs: Mapping[str, object]) -> JinaVLMImageProcessor:
         """The image processor of one request.
@@ -144,6 +150,8 @@ class JinaVLMMultiModalProcessor(BaseMultiModalProcessor[JinaVLMProcessingInfo])
     ) -> Mapping[str, MultiModalFieldConfig]:
         if not hf_inputs:
             return {}
+        if "num_crops" not in hf_inputs:
+            raise ValueError(f"image: got {', '.join(hf_inputs)}, expected pictures; embeddings are not taken")
         counts = {key: hf_inputs[key] for key in ("num_crops", "num_rows", "num_tokens")}
         return {
             "crops": MultiModalFieldConfig.flat_from_sizes("image", counts["num_crops"]),
@@ -179,6 +187,22 @@ class JinaVLMMultiModalProcessor(BaseMultiModalProcessor[JinaVLMProcessingInfo])
         if markers != images:
             raise ValueError(f"prompt has {markers} {IMAGE_MARKER} marker(s), but {images} image(s) were given")
         return super()._maybe_apply_prompt_updates(mm_items, mm_res)
+
+
+def _check_fit(processor: JinaVLMImageProcessor, sizes: JinaVLMConfig) -> None:
+    """What does not fit would only show in the engine, which a request must not bring down."""
+    geometry, vision, window = processor.geometry, sizes.vision, sizes.connector.window
+    made = (geometry.base_size, geometry.base_size), geometry.patch_size, geometry.pooling
+    if made != (tuple(vision.image_size), vision.patch_size, tuple(window)):
+        raise ValueError(
+            f"preprocessor_config.json: got crops, patches and pooling of {made}, "
+            f"expected {(vision.image_size, vision.patch_size, window)} as in config.json"
+        )
+    rows = sizes.text.vocab_size + sizes.text.additional_vocab_size
+    if max(processor.image_token_ids) >= rows:
+        raise ValueError(
+            f"special ids: got {processor.image_token_ids}, expected ids below {rows}, the embedding's rows"
+        )
 
 
 def _levels(crops: torch.Tensor, processor: JinaVLMImageProcessor) -> torch.Tensor:
