@@ -57,11 +57,11 @@ def product(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
     # oneDNN reads transposed operands in place; other dtypes' products reach it through torch
     if a.dtype != torch.float32 or a.numel() == 0 or b.numel() == 0 or not torch.backends.mkldnn.is_available():
         return F.linear(a, b, bias)
-    return torch.ops.mkldnn._linear_pointwise(_dense(a), _dense(b), bias, "none", [], "")
+    return torch.ops.mkldnn._linear_pointwise(dense(a), dense(b), bias, "none", [], "")
 
 
-def _dense(matrix: Tensor) -> Tensor:
-    # a view with gaps between its rows may send oneDNN to its slowest kernels, a thousand times slower
+def dense(matrix: Tensor) -> Tensor:
+    """The matrix, copied if it is a view with gaps between rows: oneDNN takes a thousand times as long for some."""
     return matrix if matrix.is_contiguous() or matrix.T.is_contiguous() else matrix.contiguous()
 
 
@@ -115,4 +115,4 @@ def _unit_last_stride(matrix: Tensor) -> Tensor:
 def _packed(weight: Tensor) -> Tensor:
     """The weight in oneDNN's layout, if it has been here before with the same content, else the weight itself."""
     packed = derived("onednn", (weight,), lambda: onednn_packed(weight.detach()))
-    return weight if packed is None else packed
+    return dense(weight) if packed is None else packed
