@@ -1,13 +1,26 @@
 """Fused attention, attention-pooling and SwiGLU kernels for vision-language models, as torch custom ops.
 
 `vlmkern.ops` holds the ops, `vlmkern.nn` modules over them, `vlmkern.layers` forwards for the modules of others,
-`vlmkern.models` the models assembled from those. Importing the package loads no kernel backend and touches no GPU
-driver.
+`vlmkern.models` the models assembled from those. Importing the package loads the CPU extension, but neither Triton nor
+a GPU driver.
 """
 
 __version__ = "0.1.0"
 
-from . import layers, ops
+from . import layers, native, ops
 from ._backends import BackendUnavailable, backends, use_backend
+from .packing import PackReport, pack, unpack
 
-__all__ = ["BackendUnavailable", "__version__", "backends", "layers", "ops", "use_backend"]
+__all__ = [
+    "BackendUnavailable",
+    "PackReport",
+    "__version__",
+    "backends",
+    "layers",
+    "ops",
+    "pack",
+    "unpack",
+    "use_backend",
+]
+
+native.load()

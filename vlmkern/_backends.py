@@ -25,9 +25,20 @@ BACKENDS = ("auto", "reference", "native", "triton", "cuda")
 _AUTO_ORDER = {"cpu": ("native", "reference"), "cuda": ("cuda", "triton", "reference")}
 
 _chosen: ContextVar[str | None] = ContextVar("vlmkern_backend", default=None)
+# the blocks of `use_backend` that are open in any thread, oldest first
+_open: list[tuple[str]] = []
 # backends that were there once: asking torch for devices and the environment takes microseconds of every call
 _found: set[str] = set()
 _implementations: dict[str, dict[str, Callable[..., Any]]] = {}
+
+
+class _Traced:
+    """What code that is being compiled sees of the choice: torch.compile guards attributes, not context variables."""
+
+    name: str | None = None
+
+
+_traced = _Traced()
 
 
 class BackendUnavailable(RuntimeError):
@@ -43,6 +54,28 @@ def current() -> str:
     return _chosen.get() or _checked_name(os.environ.get("VLMKERN_BACKEND") or "auto", "VLMKERN_BACKEND")
 
 
+def requested() -> str:
+    """The `backend` argument of an op that is called now: in compiled code the choice in force, which becomes a part of
+    the graph and is compiled anew when it changes; elsewhere "", for what is in force when the op runs."""
+    if not torch.compiler.is_compiling():
+        return ""
+    return _traced.name or os.environ.get("VLMKERN_BACKEND") or "auto"
+
+
+def settled(asked: str) -> str:
+    """The backend of a forward that was called with `backend=asked`.
+
+    Raises:
+        BackendUnavailable: compiled code carries one backend and is called under another.
+    """
+    chosen = _chosen.get()
+    if asked in ("", "auto") or chosen is None or chosen == asked:
+        return current() if asked in ("", "auto") else _checked_name(asked, "backend")
+    raise BackendUnavailable(
+        f"backend {chosen!r} is in force, but the code that runs was compiled for {asked!r}: compile it again"
+    )
+
+
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
     """Run every vlmkern op inside the block on one backend.
@@ -52,8 +85,9 @@ def use_backend(name: str) -> Iterator[None]:
             have no faster kernel), "reference" (plain torch), "native" (C++ on CPU), "triton", or "cuda".
 
     A named backend works or raises: nothing falls back. The choice belongs to the calling thread (or
-    async task); a backward pass uses the backend that its forward ran under. Code compiled with
-    `torch.compile` reads the choice when it runs, not when it is compiled.
+    async task); a backward pass uses the backend that its forward ran under, whichever thread it runs on.
+    `torch.compile` makes the choice a part of the graph and compiles again when it changes; it sees the blocks
+    that are open in the process, not those of its thread alone.
 
     Raises:
         ValueError: the name is not one of the above.
@@ -64,11 +98,16 @@ def use_backend(name: str) -> Iterator[None]:
         reason = _missing(name)
         if reason is not None:
             raise BackendUnavailable(f"backend {name!r} is not available: {reason}")
-    token = _chosen.set(name)
+    token, block = _chosen.set(name), (name,)
+    _open.append(block)
+    _traced.name = name
     try:
         yield
     finally:
         _chosen.reset(token)
+        # by identity: blocks of other threads may carry the same name
+        del _open[next(i for i in reversed(range(len(_open))) if _open[i] is block)]
+        _traced.name = _open[-1][0] if _open else None
 
 
 def backends() -> dict[str, dict[str, Any]]:
@@ -101,13 +140,12 @@ def register(op: str, implementations: dict[str, Callable[..., Any]]) -> None:
     _implementations[op] = implementations
 
 
-def run(op: str, device: torch.device, args: tuple[Any, ...]) -> Any:
-    """Calls the implementation of `op` for the backend in force.
+def run(op: str, device: torch.device, args: tuple[Any, ...], chosen: str) -> Any:
+    """Calls the implementation of `op` that the backend `chosen` has, or the fastest for "auto".
 
     Raises:
         BackendUnavailable: a backend was named and has no kernel for this call.
     """
-    chosen = current()
     table = _implementations[op]
     if chosen != "auto":
         _require(op, chosen, device, table)

@@ -20,7 +20,7 @@ from ..models.jina_vlm import JinaVLM, JinaVLMConfig
 from ..models.jina_vlm.cache import KVCache
 from ..models.jina_vlm.tiling import TilePlan
 from ..models.jina_vlm.vision import run_tower
-from ..reference.attention_pool import windows_per_tile
+from ..ops._windows import windows_per_tile
 from .formulas import most_square_grid
 
 _LARGE_CACHE = 2**32

@@ -14,7 +14,7 @@ from ..kernels import attention_pool as kernels
 from ..kernels import attention_pool_bwd as kernels_bwd
 from ..kernels.attention_pool import Windows
 from ..kernels.attention_pool_absorbed import absorbed
-from ..reference.attention_pool import pad_kind, pad_rows, windows_per_tile
+from ..ops._windows import pad_kind, pad_rows, windows_per_tile
 
 # of an H200: TFLOP/s of matrix products over the 4.3 TB/s of its copies, by the bytes of an element
 _FLOPS_PER_BYTE = {2: 790 / 4.3, 4: 60 / 4.3}

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from .._backends import BackendUnavailable
 from ..kernels import linear as kernels
-from ..reference import linear as reference
+from ..ops import _algebra
+from ..ops._algebra import activate, as_rows
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, residual: Tensor | None) -> Tensor:
@@ -17,13 +18,14 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, resi
     if activation == "none" and residual is None:
         return F.linear(x, weight, bias)
     if x.numel() == 0 or weight.numel() == 0:
-        return reference.linear(x, weight, bias, activation, residual)
-    rows, outputs = x.reshape(-1, x.shape[-1]), len(weight)
+        y = activate(F.linear(x, weight, bias), activation)
+        return y if residual is None else y + residual
+    rows, outputs = as_rows(x), len(weight)
     if activation == "gelu_tanh" and bias is not None and residual is None and x.is_cuda:
         # cuBLASLt's own epilogue, which saves a pass; on CPUs the same function of torch's is the other GELU
         y = torch._addmm_activation(bias, rows, weight.T, use_gelu=True)
     else:
-        others = None if residual is None else residual.reshape(-1, outputs)
+        others = None if residual is None else as_rows(residual)
         y = kernels.finish_(F.linear(rows, weight), bias, activation, others)
     return y.view(*x.shape[:-1], outputs)
 
@@ -34,11 +36,10 @@ def linear_bwd(
     """See `vlmkern.reference.linear.linear_bwd`."""
     _require("linear_bwd", x.dtype)
     if activation == "none" or not any(wanted[:3]) or grad.numel() == 0:
-        return reference.linear_bwd(grad, x, weight, bias, activation, wanted)
-    d_out = grad.reshape(-1, len(weight))
-    before = F.linear(x.reshape(-1, x.shape[-1]), weight)
+        return _algebra.linear_bwd(grad, x, weight, bias, activation, wanted)
+    d_out, before = as_rows(grad), F.linear(as_rows(x), weight)
     d_linear = kernels.activation_bwd_(d_out, before, bias, activation)
-    grads = reference.linear_bwd(d_linear, x, weight, bias, "none", [*wanted[:3], False])
+    grads = _algebra.linear_bwd(d_linear, x, weight, bias, "none", [*wanted[:3], False])
     if wanted[3]:
         # a copy: an op's result must not share memory with its arguments
         grads.append(grad.clone(memory_format=torch.contiguous_format))

@@ -29,6 +29,14 @@ def _load() -> tuple[ModuleType | None, str | None]:
     return _C, None
 
 
+def load() -> None:
+    """Loads the extension and what calls it. Left to the first op, a process that is forked meanwhile by another thread
+    would wait for an import that nobody ends."""
+    from . import attention, attention_pool, linear, swiglu_mlp  # noqa: F401
+
+    _load()
+
+
 def reason_unavailable() -> str | None:
     """Why the extension cannot be used, or None when it can."""
     return _load()[1]

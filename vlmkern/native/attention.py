@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..reference.attention import lse_shape
+from ..ops._algebra import lse_shape
 from . import dtype_code, extension, require_dtype
 
 

@@ -6,16 +6,13 @@ plain form, the C++ source the algebra.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from .._backends import BackendUnavailable
-from ..reference import attention_pool as reference
-from ..reference.attention_pool import pad_kind, windows_per_tile
+from ..ops._windows import find_slots, gather, pad_kind, pad_rows, scatter, windows_per_tile
+from ..packing import packed
 from . import dtype_code, extension, require_dtype
-from .derived import derived
 from .linear import linear_or_torch, product
 
 
@@ -72,7 +69,8 @@ def attention_pool(
         folded = _folded(w_q, b_q, w_kv, b_kv, w_o, b_o)
         # both products of the one head are as wide as the library likes them; the result takes the means' place
         if folded is None:
-            absorbed = linear_or_torch(linear_or_torch(mean, w_q, b_q), w_k.T, None)
+            q = linear_or_torch(mean, w_q, _with_key_bias(b_q, b_kv, key_dim))
+            absorbed = linear_or_torch(q, w_k.T, None)
         else:
             absorbed = linear_or_torch(mean, *folded[:2])
         problem.slots(absorbed.data_ptr(), mean.data_ptr(), key_dim**-0.5, threads)
@@ -80,7 +78,7 @@ def attention_pool(
             return linear_or_torch(mean, *folded[2:]).view(*shape, len(w_o))
         context = linear_or_torch(mean, w_v, b_v)
     else:
-        q = linear_or_torch(mean, w_q, b_q)
+        q = linear_or_torch(mean, w_q, _with_key_bias(b_q, b_kv, len(w_q)))
         context = first.new_empty((windows, len(w_v)))
         problem.context(
             q.data_ptr(),
@@ -97,10 +95,36 @@ def attention_pool(
     return linear_or_torch(context, w_o, b_o).view(*shape, len(w_o))
 
 
-def attention_pool_bwd(grad: Tensor, *args: Any) -> list[Tensor]:
+def attention_pool_bwd(
+    grad: Tensor,
+    features: list[Tensor],
+    w_q: Tensor,
+    b_q: Tensor | None,
+    w_kv: Tensor,
+    b_kv: Tensor | None,
+    w_o: Tensor,
+    grid: list[int],
+    num_heads: int,
+    window: list[int],
+    pad_embed: Tensor | None,
+    mask: Tensor | None,
+    keep: Tensor | None,
+    wanted: list[bool],
+) -> list[Tensor]:
     """See `vlmkern.reference.attention_pool.attention_pool_bwd`."""
     require_dtype("attention_pool_bwd", grad.dtype)
-    return reference.attention_pool_bwd(grad, *args, attend_bwd=_attend_bwd)
+    tiles, patches, channels = features[0].shape
+    slots = find_slots(tiles, grid, window, keep, grad.device)
+    x = gather(features, slots, pad_embed, mask)
+    d_out = grad.reshape(len(x), len(w_o))
+    d_x, of_weights = _attend_bwd(d_out, x, w_q, b_q, w_kv, b_kv, w_o, num_heads)
+    per_patch = scatter(d_x, slots, tiles * patches).to(x.dtype)
+    grads = [d.contiguous() for d in per_patch.view(tiles, patches, x.shape[-1]).split(channels, dim=-1)]
+    grads += [*of_weights, d_out.sum(0)]
+    if mask is not None:
+        zero, partial = (chosen.flatten().to(x.dtype) for chosen in pad_rows(mask))
+        grads.append(torch.stack([zero @ per_patch, partial @ per_patch]))
+    return [g for g, want in zip(grads, wanted, strict=False) if want]
 
 
 # bytes of the vectors that are held for a few heads at once
@@ -117,8 +141,11 @@ def _attend_bwd(
     w_o: Tensor,
     num_heads: int,
 ) -> tuple[Tensor, list[Tensor]]:
-    """The reference's, with neither keys nor values: csrc/cpu/attention_pool_bwd.cpp has the algebra. A third of the
-    products' work at four slots a window, a few heads at a time."""
+    """d_out [W, Co], slots x [W, J, L*C] -> gradients by x, in float32, and by (w_q, b_q, w_kv, b_kv, w_o).
+
+    With neither keys nor values: csrc/cpu/attention_pool_bwd.cpp has the algebra. A third of the products' work at four
+    slots a window, a few heads at a time."""
+    b_q = _with_key_bias(b_q, b_kv, len(w_q))
     x = x.contiguous()
     windows, size, width = x.shape
     key_dim, value_dim = len(w_q) // num_heads, w_o.shape[1] // num_heads
@@ -129,6 +156,7 @@ def _attend_bwd(
     d_w_kv = torch.empty_like(w_kv, memory_format=torch.contiguous_format)
     d_w_k, d_w_v = d_w_kv.split([len(w_q), w_o.shape[1]])
     d_x = x.new_zeros(x.shape, dtype=torch.float32)
+    d_b_v = d_ctx.sum(0)
     group = max(1, _VECTORS // max(1, 2 * windows * width * x.element_size()))
     for first in range(0, num_heads, group):
         heads = range(first, min(first + group, num_heads))
@@ -154,6 +182,8 @@ def _attend_bwd(
             d_w_k[key] = product(q[:, key].T, by_score.T, None)
             d_w_v[value] = product(d_ctx[:, value].T, pooled.T, None)
             context[:, value] = product(pooled, w_v[value], None if b_kv is None else b_kv[len(w_q) :][value])
+            # the values' weights add up to one, so their bias gets all of the gradient, unless they are NaN
+            d_b_v[value] += (0 * pooled).sum()
     # the mean gives every slot of a window the same share of the query's gradient
     d_x += (product(d_q, w_q.T, None) / size).unsqueeze(1)
     d_b_q = d_q.sum(0)
@@ -162,7 +192,7 @@ def _attend_bwd(
         d_b_q,
         d_w_kv,
         # a bias of the keys adds the same to all scores of a softmax, and one of the values itself to the result
-        torch.cat([0 * d_b_q, d_ctx.sum(0)]),
+        torch.cat([0 * d_b_q, d_b_v]),
         product(d_out.T, context.T, None),
     ]
 
@@ -180,13 +210,23 @@ def _folded(
         dtype = w_q.dtype
         q, kv, o = (w.detach().float() for w in (w_q, w_kv, w_o))
         k, v = kv.split([keys, values])
-        score_bias = None if b_q is None else (b_q.detach().float() @ k).to(dtype)
+        query_bias = _with_key_bias(b_q, b_kv, keys)
+        score_bias = None if query_bias is None else (query_bias.detach().float() @ k).to(dtype)
         out_bias = None if b_o is None else b_o.detach().float()
         if b_kv is not None:
             out_bias = (0 if out_bias is None else out_bias) + o @ b_kv.detach().float()[keys:]
         return (k.T @ q).to(dtype), score_bias, (o @ v).to(dtype), None if out_bias is None else out_bias.to(dtype)
 
-    return derived("folded", tuple(t for t in (w_q, w_kv, w_o, b_q, b_kv, b_o) if t is not None), fold)
+    return packed("folded", tuple(t for t in (w_q, w_kv, w_o, b_q, b_kv, b_o) if t is not None), fold)
+
+
+def _with_key_bias(b_q: Tensor | None, b_kv: Tensor | None, keys: int) -> Tensor | None:
+    """The queries' bias. A bias of the keys adds the same to all scores of a softmax, so it is left out of the algebra,
+    but where it is not finite nothing is: that is put into the queries."""
+    if b_kv is None:
+        return b_q
+    nothing = 0 * b_kv[:keys]
+    return nothing if b_q is None else b_q + nothing
 
 
 def _address(tensor: Tensor | None) -> int:

@@ -3,11 +3,13 @@
 oneDNN is reached through torch's own `mkldnn` ops, not through F.linear: in float32 that calls MKL, which takes a slow
 path on other vendors' CPUs (100 against 235 GFLOP/s a core on Zen 5), and it has no epilogues.
 
-Weights that come back are kept in oneDNN's blocked layout: 4 to 10 % faster, at the price of a copy (see `derived`).
+Weights of packed modules are kept in oneDNN's blocked layout: 4 to 10 % faster, at the price of a copy (see
+`vlmkern.packing`).
 """
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -15,49 +17,50 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._backends import BackendUnavailable
-from ..reference import linear as reference
-from ..reference.linear import activate
+from ..ops import _algebra
+from ..ops._algebra import activate, as_rows
+from ..packing import packed
 from . import dtype_code, extension, require_dtype
-from .derived import derived
 
 _POST_OPS = {"none": ("none", ""), "gelu_tanh": ("gelu", "tanh"), "gelu": ("gelu", "none"), "silu": ("swish", "")}
-_ONEDNN_DTYPES = (torch.float32, torch.bfloat16)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, residual: Tensor | None) -> Tensor:
     """See `vlmkern.reference.linear.linear`."""
     require_dtype("linear", x.dtype)
     if x.numel() == 0 or weight.numel() == 0:
-        raise BackendUnavailable("backend 'native' has no linear kernel for tensors without elements")
-    outputs, inputs = weight.shape
-    rows = x.reshape(-1, inputs)
+        y = activate(F.linear(x, weight, bias), activation)
+        return y if residual is None else y.add_(residual)
+    outputs = len(weight)
+    rows = as_rows(x)
     if len(rows) <= extension().max_linear_rows:
         y = activate(_few_rows(rows, weight, bias), activation).view(*x.shape[:-1], outputs)
         return y if residual is None else y.add_(residual)
     if not takes_onednn(rows, weight):
         raise BackendUnavailable(f"backend 'native' has no linear kernel for {len(rows)} rows of {x.dtype}")
-    packed = _packed(weight)
+    weight, bias = _for_onednn(weight), _dense_vector(bias)
     onednn = torch.ops.mkldnn._linear_pointwise
     if residual is not None and activation == "none":
-        return onednn.binary(rows, residual.reshape(-1, outputs), packed, bias, "add").view(*x.shape[:-1], outputs)
+        return onednn.binary(rows, as_rows(residual), weight, bias, "add").view(*x.shape[:-1], outputs)
     name, algorithm = _POST_OPS[activation]
-    y = onednn(rows, packed, bias, name, [], algorithm).view(*x.shape[:-1], outputs)
+    y = onednn(rows, weight, bias, name, [], algorithm).view(*x.shape[:-1], outputs)
     return y if residual is None else y.add_(residual)
 
 
 def linear_bwd(grad: Tensor, *args: Any) -> list[Tensor]:
     """See `vlmkern.reference.linear.linear_bwd`."""
     require_dtype("linear_bwd", grad.dtype)
-    return reference.linear_bwd(grad, *args, product=product)
+    return _algebra.linear_bwd(grad, *args, product=product)
 
 
 def product(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
     """a b^T + bias of matrices [M, K] and [N, K], any strides: the products of backwards. Nothing is packed, as weights
     that are trained change before they come back."""
-    # oneDNN reads transposed operands in place; other dtypes' products reach it through torch
-    if a.dtype != torch.float32 or a.numel() == 0 or b.numel() == 0 or not torch.backends.mkldnn.is_available():
-        return F.linear(a, b, bias)
-    return torch.ops.mkldnn._linear_pointwise(dense(a), dense(b), bias, "none", [], "")
+    # oneDNN reads transposed operands in place; other dtypes' products reach it through torch, which with AMX reads
+    # past the rows of views with gaps
+    if a.dtype != torch.float32 or a.numel() == 0 or b.numel() == 0 or not onednn_has(a.dtype):
+        return F.linear(dense(a), dense(b), bias)
+    return torch.ops.mkldnn._linear_pointwise(dense(a), dense(b), _dense_vector(bias), "none", [], "")
 
 
 def dense(matrix: Tensor) -> Tensor:
@@ -68,11 +71,16 @@ def dense(matrix: Tensor) -> Tensor:
 def takes_onednn(rows: Tensor, weight: Tensor) -> bool:
     """Whether x W^T of rows [M, C] and weight [E, C] is oneDNN's to compute."""
     return (
-        len(rows) > extension().max_linear_rows
-        and weight.numel() > 0
-        and rows.dtype in _ONEDNN_DTYPES
-        and torch.backends.mkldnn.is_available()
+        len(rows) > extension().max_linear_rows and rows.numel() > 0 and weight.numel() > 0 and onednn_has(rows.dtype)
     )
+
+
+@functools.cache
+def onednn_has(dtype: torch.dtype) -> bool:
+    """Whether oneDNN multiplies matrices of the dtype on this CPU, as far as it may use it (ONEDNN_MAX_CPU_ISA)."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def onednn_packed(weight: Tensor) -> Tensor:
@@ -85,12 +93,12 @@ def linear_or_torch(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     try:
         return linear(x, weight, bias, "none", None)
     except BackendUnavailable:
-        return F.linear(x, weight, bias)
+        return F.linear(x, dense(weight), bias)
 
 
 def _few_rows(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     rows, weight = _unit_last_stride(rows), _unit_last_stride(weight)
-    bias = None if bias is None else bias.contiguous()
+    bias = _dense_vector(bias)
     y = rows.new_empty(len(rows), weight.shape[0])
     extension().linear_few_rows(
         dtype_code(rows.dtype),
@@ -112,7 +120,12 @@ def _unit_last_stride(matrix: Tensor) -> Tensor:
     return matrix if matrix.stride(-1) == 1 or matrix.shape[-1] <= 1 else matrix.contiguous()
 
 
-def _packed(weight: Tensor) -> Tensor:
-    """The weight in oneDNN's layout, if it has been here before with the same content, else the weight itself."""
-    packed = derived("onednn", (weight,), lambda: onednn_packed(weight.detach()))
-    return dense(weight) if packed is None else packed
+def _dense_vector(bias: Tensor | None) -> Tensor | None:
+    # oneDNN and the kernels take a bias for dense, whatever its stride
+    return None if bias is None else bias.contiguous()
+
+
+def _for_onednn(weight: Tensor) -> Tensor:
+    """The weight in oneDNN's layout where its module is packed, else the weight itself."""
+    copy = packed("onednn", (weight,), lambda: onednn_packed(weight.detach()))
+    return dense(weight) if copy is None else copy

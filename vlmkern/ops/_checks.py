@@ -20,6 +20,18 @@ def float_tensor(name: str, tensor: torch.Tensor) -> None:
         raise TypeError(f"{name}: got dtype {tensor.dtype}, expected float32, bfloat16, float16 or float64")
 
 
+def tensor(name: str, value: Any) -> None:
+    """TypeError unless the value is a tensor: for what is looked at before torch checks an op's types."""
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{name}: got {type(value).__name__}, expected a torch.Tensor")
+
+
+def wanted(flags: Sequence[bool], count: int) -> None:
+    """ValueError unless there is one flag for each gradient of a backward."""
+    if len(flags) != count:
+        raise ValueError(f"wanted: got {len(flags)} flags, expected {count}, one for each gradient")
+
+
 def like(name: str, tensor: torch.Tensor, other_name: str, other: torch.Tensor) -> None:
     """TypeError on another dtype, ValueError on another device."""
     if tensor.dtype is not other.dtype:

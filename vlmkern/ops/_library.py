@@ -1,8 +1,8 @@
 """The shared registration helper: everything an op tells torch, said in one call.
 
-An op is defined with a schema without defaults, so that every layer below the public function sees all
-arguments. Its checks run inside the fake implementation and inside the real one, hence once per eager
-call, once per trace, and also for callers of `torch.ops.vlmkern.*`.
+An op's schema has no defaults, so that every layer below the public function sees all arguments, but for the last:
+`backend`, which says what it is to run on. Its checks run inside the fake implementation and inside the real one, hence
+once per eager call, once per trace, and also for callers of `torch.ops.vlmkern.*`.
 """
 
 from __future__ import annotations
@@ -10,10 +10,13 @@ from __future__ import annotations
 import functools
 import importlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch._functorch.autograd_function import enable_single_level_autograd_function
 
 from .. import _backends
 from .._ops import add_op_namespace_prefix, library
@@ -21,6 +24,8 @@ from .._ops import ops as registered
 
 _AUTOCAST = (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA"))
 _autocast_keys = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU).add(torch._C.DispatchKey.AutocastCUDA)
+# below this key torch takes what is made by a view for a view, and then forbids `result += 1` in training
+_view_tracking = torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
 
 Check = Callable[..., None]
 
@@ -29,40 +34,47 @@ def define(
     name: str,
     schema: str,
     *,
+    check: Check,
     fake: Callable[..., Any],
     implementations: dict[str, Callable[..., Any]],
-    check: Check | None = None,
     check_values: Check | None = None,
+    backward: bool = False,
 ) -> torch._ops.OpOverload:
     """Defines `vlmkern::<name>` for all devices and returns its overload.
 
     Args:
-        schema: argument list and returns, e.g. "(Tensor x) -> Tensor".
+        schema: argument list and returns, e.g. "(Tensor x) -> Tensor"; `str backend` is added to the arguments.
+        check: raises on shapes, dtypes, devices and strides that the op does not take.
         fake: shapes and dtypes of the results, for meta tensors and tracing; called after `check`.
         implementations: backend name -> function; "reference" is required. They import kernels on first use.
-        check: raises on shapes, dtypes, devices and strides that the op does not take.
         check_values: raises on wrong values inside index tensors. Runs on CPU tensors, and on others
             when VLMKERN_CHECK=1, because reading values stalls a GPU.
+        backward: the op computes gradients, on the backend that it is told whatever is in force.
     """
-    library.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
+    arguments, returns = schema.rsplit(") -> ", 1)
+    library.define(f'{name}{arguments}, str backend="") -> {returns}', tags=(torch.Tag.pt2_compliant_tag,))
     _backends.register(name, implementations)
+    op = getattr(registered, name).default
+    count = len(op._schema.arguments) - 1
 
     def fake_impl(*args: Any) -> Any:
-        if check is not None:
-            check(*args)
-        return fake(*args)
+        check(*args[:count])
+        return fake(*args[:count])
 
     def real_impl(*args: Any) -> Any:
-        if check is not None:
-            check(*args)
+        # torch leaves out arguments that are equal to their default
+        args, asked = args[:count], args[count] if len(args) > count else ""
+        check(*args)
         device = _device(args)
         if check_values is not None and (device.type == "cpu" or os.environ.get("VLMKERN_CHECK") == "1"):
             check_values(*args)
-        return _backends.run(name, device, args)
+        chosen = (asked or _backends.current()) if backward else _backends.settled(asked)
+        with torch._C._ExcludeDispatchKeyGuard(_view_tracking):
+            return _backends.run(name, device, args, chosen)
 
     library.impl(name, real_impl, "CompositeExplicitAutograd")
     torch.library.register_fake(add_op_namespace_prefix(name), fake_impl, lib=library)
-    return getattr(registered, name).default
+    return op
 
 
 def lazy(module: str, name: str) -> Callable[..., Any]:
@@ -84,16 +96,21 @@ def autocast(op: torch._ops.OpOverload, *, keep: Sequence[str] = ()) -> None:
             if isinstance(value, (list, tuple)):
                 return [cast(item, dtype) for item in value]
             eligible = (
-                isinstance(value, torch.Tensor)
+                isinstance(value, Tensor)
                 and value.is_floating_point()
                 and value.dtype is not torch.float64
                 and value.device.type == device_type
             )
-            return value.to(dtype) if eligible else value
+            if not eligible:
+                return value
+            result = value.to(dtype)
+            # torch gives a copy of rows that overlap any strides it likes
+            lost = result.dim() > 0 and result.stride(-1) != 1 and value.stride(-1) == 1
+            return result.contiguous() if lost else result
 
         def impl(*args: Any) -> Any:
             dtype = torch.get_autocast_dtype(device_type)
-            cast_args = [a if n in keep else cast(a, dtype) for n, a in zip(names, args, strict=True)]
+            cast_args = [a if n in keep else cast(a, dtype) for n, a in zip(names, args, strict=False)]
             with torch._C._ExcludeDispatchKeyGuard(_autocast_keys):
                 return op(*cast_args)
 
@@ -104,37 +121,102 @@ def autocast(op: torch._ops.OpOverload, *, keep: Sequence[str] = ()) -> None:
 
 
 def differentiable(
-    op: torch._ops.OpOverload, *, setup_context: Callable[..., None], backward: Callable[..., Any]
+    op: torch._ops.OpOverload, *, setup_context: Callable[..., None], backward: Callable[..., tuple[Any, ...]]
 ) -> None:
-    """Registers the op's gradient. `backward(ctx, *grads)` runs under the backend that its forward ran under."""
+    """Registers the op's gradient.
 
-    def setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.vlmkern_backend = _backends.current()
-        setup_context(ctx, inputs, output)
+    Args:
+        setup_context: `(ctx, inputs, output)`, keeps what the backward needs; inputs without the backend, which is kept
+            as `ctx.backend` for the backward to hand on: it may run on a thread that the choice does not reach.
+        backward: `(ctx, needed, *grads)` -> the gradients of all inputs but the backend, a list of tensors among them
+            spread out; `needed` says the same way which of them are asked for.
+    """
+    count = len(op._schema.arguments) - 1
+    # where a list of tensors stands, as autograd sees only tensors that are arguments themselves
+    listed = next((i for i, a in enumerate(op._schema.arguments) if str(a.type) == "List[Tensor]"), None)
 
-    def run_backward(ctx: Any, *grads: Any) -> Any:
-        # CUDA gradients are computed on another thread, which the forward's context does not reach
-        with _backends.use_backend(ctx.vlmkern_backend):
-            return backward(ctx, *grads)
+    class Gradient(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, keyset: Any, length: int, asked: str, *flat: Any) -> Any:
+            args = flat
+            if listed is not None:
+                end = listed + length
+                args = (*flat[:listed], list(flat[listed:end]), *flat[end:])
+            with _derivatives_of_lower_levels():
+                result = _below_autograd(op, keyset, (*args, asked))
+            ctx.backend = asked
+            setup_context(ctx, args, result)
+            return tuple(result) if isinstance(result, list) else result
 
-    torch.library.register_autograd(op, run_backward, setup_context=setup, lib=library)
+        @staticmethod
+        def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+            return (None, None, None, *backward(ctx, ctx.needs_input_grad[3:], *grads))
+
+        @classmethod
+        def apply(cls, *args: Any) -> Any:
+            # this is an autograd kernel, as torch's own ops have them: torch.func calls it once for each level
+            with enable_single_level_autograd_function():
+                return super(torch.autograd.Function, cls).apply(*args)
+
+    def kernel(keyset: Any, *args: Any) -> Any:
+        args, asked = args[:count], args[count] if len(args) > count else ""
+        _refuse_forward_mode(op, args)
+        if not (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)):
+            return _below_autograd(op, keyset, (*args, asked))
+        asked = asked or _backends.current()
+        flat, length = args, 0
+        if listed is not None:
+            length = len(args[listed])
+            flat = (*args[:listed], *args[listed], *args[listed + 1 :])
+        result = Gradient.apply(keyset, length, asked, *flat)
+        return list(result) if str(op._schema.returns[0].type) == "List[Tensor]" else result
+
+    library.impl(op._schema.name.split("::")[1], kernel, "Autograd", with_keyset=True)
 
 
 def not_differentiable(op: torch._ops.OpOverload) -> None:
     """Makes differentiating the op raise; without it, a second backward would return wrong gradients."""
 
-    def backward(ctx: Any, *grads: Any) -> Any:
+    def backward(ctx: Any, needed: Any, *grads: Any) -> Any:
         raise NotImplementedError(
             f"{op._schema.name} is not differentiable: vlmkern ops support first-order gradients only"
         )
 
-    torch.library.register_autograd(op, backward, lib=library)
+    differentiable(op, setup_context=lambda ctx, inputs, output: None, backward=backward)
+
+
+def _below_autograd(op: torch._ops.OpOverload, keyset: Any, args: tuple[Any, ...]) -> Any:
+    with torch._C._AutoDispatchBelowAutograd():
+        return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+
+
+@contextmanager
+def _derivatives_of_lower_levels() -> Iterator[None]:
+    """Inside of autograd's Function, which switches derivatives off: on again where a lower level of torch.func comes
+    next, whose own they are."""
+    if not torch._C._are_functorch_transforms_active():
+        yield
+        return
+    with torch.enable_grad(), torch.autograd.forward_ad._set_fwd_grad_enabled(True):
+        yield
+
+
+def _refuse_forward_mode(op: torch._ops.OpOverload, args: Sequence[Any]) -> None:
+    """Raises where an input carries a tangent, which would be dropped."""
+    if torch.autograd.forward_ad._current_level < 0:
+        return
+    for value in args:
+        for tensor in value if isinstance(value, (list, tuple)) else (value,):
+            if isinstance(tensor, Tensor) and torch._VF._unpack_dual(tensor, level=0)[1] is not None:
+                raise NotImplementedError(
+                    f"{op._schema.name} has no forward-mode derivative: use reverse mode (backward, torch.func.vjp)"
+                )
 
 
 def _device(args: Sequence[Any]) -> torch.device:
     for value in args:
-        if isinstance(value, torch.Tensor):
+        if isinstance(value, Tensor):
             return value.device
-        if isinstance(value, (list, tuple)) and value and isinstance(value[0], torch.Tensor):
+        if isinstance(value, (list, tuple)) and value and isinstance(value[0], Tensor):
             return value[0].device
     raise AssertionError("an op has at least one tensor argument")

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from .. import _backends
 from ..reference import add_layer_norm as reference
 from . import _checks, _library
 
@@ -40,7 +41,7 @@ def add_layer_norm(
 
     Source: Ba, Kiros and Hinton, "Layer Normalization" (2016).
     """
-    normed, summed = _op(x, residual, weight, bias, eps)
+    normed, summed = _op(x, residual, weight, bias, eps, _backends.requested())
     # an op's result must not be its argument, so the op has no sum to give here
     return normed, x if residual is None else summed
 
@@ -56,6 +57,20 @@ def _check(x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tens
         if tensor is not None:
             _checks.shape(name, tensor, shape, layout)
             _checks.like(name, tensor, "x", x)
+
+
+def _check_bwd(
+    grad: Tensor,
+    grad_summed: Tensor | None,
+    summed: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    wanted: list[bool],
+) -> None:
+    _check(summed, grad_summed, weight, bias, eps)
+    _checks.twin("grad", grad, "summed", summed, "[..., C]")
+    _checks.wanted(wanted, 3)
 
 
 def _fake(x: Tensor, residual: Tensor | None, *_: Any) -> tuple[Tensor, Tensor]:
@@ -83,15 +98,17 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.save_for_backward(output[1] if ctx.has_sum else x, weight, bias)
 
 
-def _backward(ctx: Any, grad: Tensor | None, grad_summed: Tensor | None) -> tuple[Tensor | None, ...]:
-    of_x, of_residual, of_weight, of_bias, _ = ctx.needs_input_grad
+def _backward(
+    ctx: Any, needed: tuple[bool, ...], grad: Tensor | None, grad_summed: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    of_x, of_residual, of_weight, of_bias, _ = needed
     if not ctx.has_sum:
         grad_summed = None
     if grad is None:
         d_x, d_weight, d_bias = grad_summed, None, None
     else:
         wanted = [of_x or of_residual, of_weight, of_bias]
-        grads = iter(_op_bwd(grad, grad_summed, *ctx.saved_tensors, ctx.eps, wanted))
+        grads = iter(_op_bwd(grad, grad_summed, *ctx.saved_tensors, ctx.eps, wanted, ctx.backend))
         d_x, d_weight, d_bias = (next(grads) if want else None for want in wanted)
     return d_x if of_x else None, d_x if of_residual else None, d_weight, d_bias, None
 
@@ -110,7 +127,9 @@ _op_bwd = _library.define(
     "add_layer_norm_bwd",
     "(Tensor grad, Tensor? grad_summed, Tensor summed, Tensor? weight, Tensor? bias, float eps, bool[] wanted)"
     " -> Tensor[]",
+    check=_check_bwd,
     fake=_fake_bwd,
+    backward=True,
     implementations={
         "reference": reference.add_layer_norm_bwd,
         "triton": _library.lazy("gpu.add_layer_norm", "add_layer_norm_bwd"),

@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import _backends
 from ..reference import attention as reference
 from . import _checks, _library
+from ._algebra import lse_shape
 
 
 def attention(
@@ -41,9 +43,11 @@ def attention(
 
     Source: Vaswani et al. (2017), eq. 1.
     """
+    _checks.tensor("q", q)
     if scale is None:
-        scale = q.shape[-1] ** -0.5 if q.shape[-1] else 1.0
-    return _op(q, k, v, scale, cu_seqlens, max_seqlen)[0]
+        # without a head dimension there is no such scale; the op's own checks say what is wrong
+        scale = q.shape[-1] ** -0.5 if q.dim() and q.shape[-1] else 1.0
+    return _op(q, k, v, scale, cu_seqlens, max_seqlen, _backends.requested())[0]
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, scale: float, cu_seqlens: Tensor | None, max_seqlen: int | None) -> None:
@@ -89,8 +93,27 @@ def _check_values(
         raise ValueError(f"max_seqlen: got {max_seqlen}, expected at least the longest segment's length, {longest}")
 
 
+def _check_bwd(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *rest: Any) -> None:
+    _check(q, k, v, *rest)
+    for name, tensor in (("grad", grad), ("out", out)):
+        _checks.twin(name, tensor, "q", q, "the result's shape")
+    _checks.unit_last_stride("out", out)
+    _checks.shape("lse", lse, lse_shape(q), "[B, H, N] or packed [H, T]")
+    if lse.dtype != _lse_dtype(q):
+        raise TypeError(f"lse: got dtype {lse.dtype}, expected {_lse_dtype(q)}")
+    _checks.same_device("lse", lse, "q", q)
+
+
+def _check_values_bwd(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *rest: Any) -> None:
+    _check_values(q, k, v, *rest)
+
+
+def _lse_dtype(q: Tensor) -> torch.dtype:
+    return torch.promote_types(q.dtype, torch.float32)
+
+
 def _fake(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return q.new_empty(q.shape), q.new_empty(reference.lse_shape(q), dtype=torch.promote_types(q.dtype, torch.float32))
+    return q.new_empty(q.shape), q.new_empty(lse_shape(q), dtype=_lse_dtype(q))
 
 
 def _fake_bwd(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -104,9 +127,10 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.save_for_backward(q, k, v, out, lse, cu_seqlens)
 
 
-def _backward(ctx: Any, grad: Tensor, _grad_lse: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, needed: tuple[bool, ...], grad: Tensor, _grad_lse: Tensor) -> tuple[Tensor | None, ...]:
     q, k, v, out, lse, cu_seqlens = ctx.saved_tensors
-    return *_op_bwd(grad, q, k, v, out, lse, ctx.scale, cu_seqlens, ctx.max_seqlen), None, None, None
+    grads = _op_bwd(grad, q, k, v, out, lse, ctx.scale, cu_seqlens, ctx.max_seqlen, ctx.backend)
+    return *grads, None, None, None
 
 
 _op = _library.define(
@@ -125,7 +149,10 @@ _op_bwd = _library.define(
     "attention_bwd",
     "(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, float scale, Tensor? cu_seqlens,"
     " SymInt? max_seqlen) -> (Tensor, Tensor, Tensor)",
+    check=_check_bwd,
+    check_values=_check_values_bwd,
     fake=_fake_bwd,
+    backward=True,
     implementations={
         "reference": reference.attention_bwd,
         "native": _library.lazy("native.attention", "attention_bwd"),

@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import _backends
 from ..reference import attention_pool as reference
 from . import _checks, _library
+from ._windows import windows_per_tile
 
 
 def attention_pool(
@@ -58,6 +60,11 @@ def attention_pool(
 
     Source: jina-vlm, eq. 2-3.
     """
+    if isinstance(features, Tensor) or not isinstance(features, Sequence):
+        raise TypeError(f"features: got {type(features).__name__}, expected a sequence of tensors")
+    for name, pair in (("grid", grid), ("window", window)):
+        if not isinstance(pair, Sequence):
+            raise TypeError(f"{name}: got {type(pair).__name__}, expected two integers (rows, columns)")
     return _op(
         list(features),
         w_q,
@@ -72,6 +79,7 @@ def attention_pool(
         pad_embed,
         mask,
         keep,
+        _backends.requested(),
     )
 
 
@@ -163,18 +171,43 @@ def _check_values(features: list[Tensor], *args: Any) -> None:
     *_, grid, _num_heads, window, _pad_embed, _mask, keep = args
     if keep is None or keep.numel() == 0:
         return
-    count = features[0].shape[0] * reference.windows_per_tile(grid, window)
+    count = features[0].shape[0] * windows_per_tile(grid, window)
     low, high = (int(bound) for bound in keep.aminmax())
     if low < 0 or high >= count:
         raise ValueError(f"keep: got indices from {low} to {high}, expected 0 to {count - 1} (T * M = {count} windows)")
 
 
+def _check_bwd(grad: Tensor, features: list[Tensor], *args: Any) -> None:
+    *inputs, wanted = args
+    w_q, b_q, w_kv, b_kv, w_o, *rest = inputs
+    _check(features, w_q, b_q, w_kv, b_kv, w_o, None, *rest)
+    _checks.shape("grad", grad, _result_shape(features, w_o, *rest), "the result's shape")
+    _checks.like("grad", grad, "features[0]", features[0])
+    _checks.wanted(wanted, len(features) + 7)
+
+
+def _check_values_bwd(grad: Tensor, features: list[Tensor], *args: Any) -> None:
+    _check_values(features, *args[:-1])
+
+
 def _fake(features: list[Tensor], *args: Any) -> Tensor:
-    *_, w_o, _b_o, grid, _num_heads, window, _pad_embed, _mask, keep = args
-    first, out_channels = features[0], w_o.shape[0]
+    *_, w_o, _b_o, grid, num_heads, window, pad_embed, mask, keep = args
+    return features[0].new_empty(_result_shape(features, w_o, grid, num_heads, window, pad_embed, mask, keep))
+
+
+def _result_shape(
+    features: list[Tensor],
+    w_o: Tensor,
+    grid: list[int],
+    _num_heads: int,
+    window: list[int],
+    _pad_embed: Tensor | None,
+    _mask: Tensor | None,
+    keep: Tensor | None,
+) -> tuple[Any, ...]:
     if keep is not None:
-        return first.new_empty((keep.shape[0], out_channels))
-    return first.new_empty((first.shape[0], reference.windows_per_tile(grid, window), out_channels))
+        return keep.shape[0], w_o.shape[0]
+    return features[0].shape[0], windows_per_tile(grid, window), w_o.shape[0]
 
 
 def _fake_bwd(grad: Tensor, features: list[Tensor], *args: Any) -> list[Tensor]:
@@ -190,12 +223,11 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(w_q, b_q, w_kv, b_kv, w_o, pad_embed, mask, keep, *features)
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+def _backward(ctx: Any, needed: tuple[bool, ...], grad: Tensor) -> tuple[Any, ...]:
     w_q, b_q, w_kv, b_kv, w_o, pad_embed, mask, keep, *features = ctx.saved_tensors
-    of_features, *of_weights = ctx.needs_input_grad[:7]
-    if not isinstance(of_features, (list, tuple)):
-        of_features = [of_features] * len(features)
-    wanted = [*of_features, *of_weights, ctx.needs_input_grad[10]]
+    count = len(features) + 6
+    # grid, num_heads and window stand between the weights and pad_embed
+    wanted = [*needed[:count], needed[count + 3]]
     grads = iter(
         _op_bwd(
             grad,
@@ -212,11 +244,11 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
             mask,
             keep,
             wanted,
+            ctx.backend,
         )
     )
     *of_inputs, d_pad_embed = (next(grads) if want else None for want in wanted)
-    d_features, d_weights = of_inputs[: len(features)], of_inputs[len(features) :]
-    return d_features, *d_weights, None, None, None, d_pad_embed, None, None
+    return *of_inputs, None, None, None, d_pad_embed, None, None
 
 
 _op = _library.define(
@@ -237,7 +269,10 @@ _op_bwd = _library.define(
     "(Tensor grad, Tensor[] features, Tensor w_q, Tensor? b_q, Tensor w_kv, Tensor? b_kv, Tensor w_o,"
     " int[] grid, int num_heads, int[] window, Tensor? pad_embed, Tensor? mask, Tensor? keep, bool[] wanted)"
     " -> Tensor[]",
+    check=_check_bwd,
+    check_values=_check_values_bwd,
     fake=_fake_bwd,
+    backward=True,
     implementations={
         "reference": reference.attention_pool_bwd,
         "native": _library.lazy("native.attention_pool", "attention_pool_bwd"),

@@ -6,8 +6,10 @@ from typing import Any
 
 from torch import Tensor
 
+from .. import _backends
 from ..reference import linear as reference
 from . import _checks, _library
+from ._algebra import ACTIVATIONS
 
 
 def linear(
@@ -34,7 +36,7 @@ def linear(
         ValueError: shapes that do not fit together, an unknown activation, or tensors on different devices.
         TypeError: dtypes that differ from that of `x`, or are not floating point.
     """
-    return _op(x, weight, bias, activation, residual)
+    return _op(x, weight, bias, activation, residual, _backends.requested())
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, residual: Tensor | None) -> None:
@@ -46,11 +48,20 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, resi
         _checks.shape("bias", bias, weight.shape[:1], "[E]")
     if residual is not None:
         _checks.shape("residual", residual, (*x.shape[:-1], weight.shape[0]), "[..., E] like the result")
-    if activation not in reference.ACTIVATIONS:
-        raise ValueError(f"activation: got {activation!r}, expected one of {', '.join(reference.ACTIVATIONS)}")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation: got {activation!r}, expected one of {', '.join(ACTIVATIONS)}")
     for name, tensor in (("weight", weight), ("bias", bias), ("residual", residual)):
         if tensor is not None:
             _checks.like(name, tensor, "x", x)
+
+
+def _check_bwd(
+    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, wanted: list[bool]
+) -> None:
+    _check(x, weight, bias, activation, None)
+    _checks.shape("grad", grad, (*x.shape[:-1], weight.shape[0]), "[..., E] like the result")
+    _checks.like("grad", grad, "x", x)
+    _checks.wanted(wanted, 4)
 
 
 def _fake(x: Tensor, weight: Tensor, *_: Any) -> Tensor:
@@ -69,10 +80,10 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(x, weight, bias)
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    of_x, of_weight, of_bias, _, of_residual = ctx.needs_input_grad
+def _backward(ctx: Any, needed: tuple[bool, ...], grad: Tensor) -> tuple[Tensor | None, ...]:
+    of_x, of_weight, of_bias, _, of_residual = needed
     wanted = [of_x, of_weight, of_bias, of_residual]
-    grads = iter(_op_bwd(grad, *ctx.saved_tensors, ctx.activation, wanted))
+    grads = iter(_op_bwd(grad, *ctx.saved_tensors, ctx.activation, wanted, ctx.backend))
     d_x, d_weight, d_bias, d_residual = (next(grads) if want else None for want in wanted)
     return d_x, d_weight, d_bias, None, d_residual
 
@@ -91,7 +102,9 @@ _op = _library.define(
 _op_bwd = _library.define(
     "linear_bwd",
     "(Tensor grad, Tensor x, Tensor weight, Tensor? bias, str activation, bool[] wanted) -> Tensor[]",
+    check=_check_bwd,
     fake=_fake_bwd,
+    backward=True,
     implementations={
         "reference": reference.linear_bwd,
         "native": _library.lazy("native.linear", "linear_bwd"),

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from .. import _backends
 from ..reference import swiglu_mlp as reference
 from . import _checks, _library
 
@@ -32,7 +33,7 @@ def swiglu_mlp(
 
     Source: Shazeer, "GLU Variants Improve Transformer" (2020), eq. 6; jina-vlm eq. 4 (projector).
     """
-    return _op(x, w_up, w_down, b_up, b_down)
+    return _op(x, w_up, w_down, b_up, b_down, _backends.requested())
 
 
 def _check(x: Tensor, w_up: Tensor, w_down: Tensor, b_up: Tensor | None, b_down: Tensor | None) -> None:
@@ -55,6 +56,13 @@ def _check(x: Tensor, w_up: Tensor, w_down: Tensor, b_up: Tensor | None, b_down:
             _checks.like(name, tensor, "x", x)
 
 
+def _check_bwd(grad: Tensor, x: Tensor, w_up: Tensor, w_down: Tensor, b_up: Tensor | None, wanted: list[bool]) -> None:
+    _check(x, w_up, w_down, b_up, None)
+    _checks.shape("grad", grad, (*x.shape[:-1], w_down.shape[0]), "[..., E] like the result")
+    _checks.like("grad", grad, "x", x)
+    _checks.wanted(wanted, 5)
+
+
 def _fake(x: Tensor, w_up: Tensor, w_down: Tensor, b_up: Tensor | None, b_down: Tensor | None) -> Tensor:
     return x.new_empty((*x.shape[:-1], w_down.shape[0]))
 
@@ -71,9 +79,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(x, w_up, w_down, b_up)
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    wanted = list(ctx.needs_input_grad)
-    grads = iter(_op_bwd(grad, *ctx.saved_tensors, wanted))
+def _backward(ctx: Any, needed: tuple[bool, ...], grad: Tensor) -> tuple[Tensor | None, ...]:
+    wanted = list(needed)
+    grads = iter(_op_bwd(grad, *ctx.saved_tensors, wanted, ctx.backend))
     return tuple(next(grads) if want else None for want in wanted)
 
 
@@ -91,7 +99,9 @@ _op = _library.define(
 _op_bwd = _library.define(
     "swiglu_mlp_bwd",
     "(Tensor grad, Tensor x, Tensor w_up, Tensor w_down, Tensor? b_up, bool[] wanted) -> Tensor[]",
+    check=_check_bwd,
     fake=_fake_bwd,
+    backward=True,
     implementations={
         "reference": reference.swiglu_mlp_bwd,
         "native": _library.lazy("native.swiglu_mlp", "swiglu_mlp_bwd"),

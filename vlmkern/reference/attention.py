@@ -18,8 +18,10 @@ def attention(
 ) -> tuple[Tensor, Tensor]:
     """q, k, v [B, N, H, D] or packed [T, H, D] -> output of the same shape and the log-sum-exp of the scaled
     scores, [B, H, N] or [H, T], in float32 (float64)."""
-    out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    lse = q.new_empty(lse_shape(q), dtype=_accumulator(q))
+    # tokens outside every segment, which only unchecked bounds leave, attend to nothing
+    out = torch.zeros_like(q, memory_format=torch.contiguous_format)
+    batch = q.shape[:-3]
+    lse = q.new_full((*batch, q.shape[-2], q.shape[-3]), -torch.inf, dtype=_accumulator(q))
     for rows, columns in _segments(q, cu_seqlens):
         scores = _scores(q[rows], k[rows], scale)
         highest = scores.amax(-1, keepdim=True)
@@ -42,21 +44,16 @@ def attention_bwd(
     cu_seqlens: Tensor | None,
     max_seqlen: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients by q, k and v, dense. The probabilities are recomputed from the log-sum-exp:
-    P = exp(S - lse), dV = P^T dO, dS = P * (dO V^T - rowsum(dO * O)), dQ = scale * dS K, dK = scale * dS^T Q."""
+    """Gradients by q, k and v, dense: P = softmax(S), dV = P^T dO, dS = P * (dO V^T - rowsum(dO * O)),
+    dQ = scale * dS K, dK = scale * dS^T Q. Of what the forward gave only `out` is used."""
     dq, dk, dv = (torch.zeros_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
-    for rows, columns in _segments(q, cu_seqlens):
+    for rows, _ in _segments(q, cu_seqlens):
         query, key, value, d_out, o = (_heads_first(t[rows]) for t in (q, k, v, grad, out))
-        p = torch.exp(_scores(q[rows], k[rows], scale) - lse[columns].unsqueeze(-1))
+        p = _scores(q[rows], k[rows], scale).softmax(-1)
         ds = p * (d_out @ value.mT - (d_out * o).sum(-1, keepdim=True)) * scale
         for result, gradient in ((dq, ds @ key), (dk, ds.mT @ query), (dv, p.mT @ d_out)):
             result[rows] = gradient.transpose(0, 1).to(q.dtype)
     return dq, dk, dv
-
-
-def lse_shape(q: Tensor) -> tuple[int, ...]:
-    """[B, H, N] for [B, N, H, D], [H, T] for packed [T, H, D]."""
-    return (q.shape[0], q.shape[2], q.shape[1]) if q.dim() == 4 else (q.shape[1], q.shape[0])
 
 
 def _segments(q: Tensor, cu_seqlens: Tensor | None) -> Iterator[tuple]:

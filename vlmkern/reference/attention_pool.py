@@ -12,7 +12,6 @@ the mean and are attended to. Products have the tensors' dtype, scores and softm
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -36,11 +35,9 @@ def attention_pool(
     keep: Tensor | None,
 ) -> Tensor:
     """L features [T, N, C] -> [T, M, Co] for all M windows of the grid, or [K, Co] for those in `keep`."""
-    slots = _slots(features[0].shape[0], grid, window, keep, features[0].device)
-    x = _gather(features, slots, pad_embed, mask)
-    ctx = _attend(x, w_q, b_q, w_kv, b_kv, num_heads).context
-    out = F.linear(ctx, w_o, b_o)
-    return out if keep is not None else out.unflatten(0, (features[0].shape[0], windows_per_tile(grid, window)))
+    x = _chosen(_windows(_padded(features, pad_embed, mask), grid, window), keep)
+    out = F.linear(_attend(x, w_q, b_q, w_kv, b_kv, num_heads).context, w_o, b_o)
+    return out if keep is not None else out.unflatten(0, (len(features[0]), _count(grid, window)))
 
 
 def attention_pool_bwd(
@@ -58,63 +55,42 @@ def attention_pool_bwd(
     mask: Tensor | None,
     keep: Tensor | None,
     wanted: list[bool],
-    *,
-    attend_bwd: Callable[..., tuple[Tensor, list[Tensor]]] | None = None,
 ) -> list[Tensor]:
-    """Gradients by (*features, w_q, b_q, w_kv, b_kv, w_o, b_o, pad_embed), those that are wanted, in this
-    order. Everything is recomputed from the inputs. Backends may have their own `attend_bwd`."""
-    tiles, patches, channels = features[0].shape
-    slots = _slots(tiles, grid, window, keep, grad.device)
-    x = _gather(features, slots, pad_embed, mask)
-    d_out = grad.reshape(len(x), grad.shape[-1])
-    d_x, of_weights = (attend_bwd or _attend_bwd)(d_out, x, w_q, b_q, w_kv, b_kv, w_o, num_heads)
-
-    # zero slots beyond the grid belong to no patch
-    d_x = d_x.masked_fill_(~slots.inside.unsqueeze(-1), 0).flatten(0, 1)
-    index = slots.patch.flatten()
-    per_patch = d_x.new_zeros(tiles * patches, x.shape[-1]).index_put_((index,), d_x, accumulate=True)
-    per_patch = per_patch.to(x.dtype)
-
-    grads: list[Tensor] = list(per_patch.view(tiles, patches, -1).split(channels, dim=-1))
-    grads += [*of_weights, d_out.sum(0)]
-    if pad_embed is not None:
-        assert mask is not None
-        zero, partial = (chosen.flatten().to(x.dtype) for chosen in pad_rows(mask))
-        grads.append(torch.stack([zero @ per_patch, partial @ per_patch]))
-    return [g.contiguous() for g, want in zip(grads, wanted, strict=False) if want]
-
-
-def _attend_bwd(
-    d_out: Tensor,
-    x: Tensor,
-    w_q: Tensor,
-    b_q: Tensor | None,
-    w_kv: Tensor,
-    b_kv: Tensor | None,
-    w_o: Tensor,
-    num_heads: int,
-) -> tuple[Tensor, list[Tensor]]:
-    """d_out [W, Co], slots x [W, J, L*C] -> gradients by x, which the caller may write to, and by
-    (w_q, b_q, w_kv, b_kv, w_o)."""
+    """Gradients by (*features, w_q, b_q, w_kv, b_kv, w_o, b_o, pad_embed), those that are wanted, in this order.
+    Everything is recomputed from the inputs."""
+    patches = _padded(features, pad_embed, mask)
+    slots = _windows(patches, grid, window)
+    x = _chosen(slots, keep)
+    count, size, width = x.shape
     a = _attend(x, w_q, b_q, w_kv, b_kv, num_heads)
-    windows, size, width = x.shape
 
-    d_ctx = (d_out @ w_o).unflatten(-1, (num_heads, -1)).unsqueeze(1).to(a.p.dtype)
-    d_v = a.p.unsqueeze(-1) * d_ctx
-    d_p = (d_ctx * a.v).sum(-1)
+    d_out = grad.reshape(count, len(w_o))
+    d_context = (d_out @ w_o).unflatten(-1, (num_heads, -1)).unsqueeze(1).to(a.p.dtype)
+    d_v = a.p.unsqueeze(-1) * d_context
+    d_p = (d_context * a.v).sum(-1)
     d_scores = a.p * (d_p - (a.p * d_p).sum(1, keepdim=True)) * a.scale
     d_k = d_scores.unsqueeze(-1) * a.q
     d_q = (d_scores.unsqueeze(-1) * a.k).sum(1).flatten(1).to(x.dtype)
     d_kv = torch.cat([d_k.flatten(2), d_v.flatten(2)], dim=-1).to(x.dtype).flatten(0, 1)
-
     # the mean gives every slot of a window the same share of the query's gradient
-    d_x = (d_kv @ w_kv).view(windows, size, width) + (d_q @ w_q / size).unsqueeze(1)
-    return d_x, [d_q.T @ x.mean(1), d_q.sum(0), d_kv.T @ x.flatten(0, 1), d_kv.sum(0), d_out.T @ a.context]
+    d_x = (d_kv @ w_kv).view(count, size, width) + (d_q @ w_q / size).unsqueeze(1)
 
-
-class _Slots(NamedTuple):
-    patch: Tensor  # [W, J] index into the T * N patches of each window's slots; 0 where outside
-    inside: Tensor  # [W, J] whether the slot lies on the grid
+    if keep is not None:
+        d_x = torch.zeros_like(slots).index_add_(0, keep.clamp(0, max(len(slots) - 1, 0)), d_x)
+    d_patches = _patches(d_x, grid, window, len(features[0]))
+    every = [*(d.contiguous() for d in d_patches.split(features[0].shape[2], dim=-1))]
+    every += [
+        d_q.mT @ x.mean(1),
+        d_q.sum(0),
+        d_kv.mT @ x.flatten(0, 1),
+        d_kv.sum(0),
+        d_out.mT @ a.context,
+        d_out.sum(0),
+    ]
+    if mask is not None:
+        zero, partial = _pad_rows(mask)
+        every.append(torch.stack([d_patches[zero].sum(0), d_patches[partial].sum(0)]))
+    return [gradient for gradient, want in zip(every, wanted, strict=False) if want]
 
 
 class _Attended(NamedTuple):
@@ -126,64 +102,58 @@ class _Attended(NamedTuple):
     context: Tensor  # [W, H * Dv]
 
 
-def _slots(tiles: int, grid: list[int], window: list[int], keep: Tensor | None, device: torch.device) -> _Slots:
-    (rows, cols), (height, width) = grid, window
-    windows_across = -(-cols // width)
-    windows_down = windows_per_tile(grid, window) // windows_across
-    count = tiles * windows_down * windows_across
-    # unchecked indices (on GPUs) must not reach outside the tensors
-    flat = torch.arange(count, device=device) if keep is None else keep.clamp(0, max(count - 1, 0))
-    flat = flat.view(-1, 1)
-    across, down = flat % windows_across, flat // windows_across % windows_down
-    tile = flat // (windows_down * windows_across)
-    slot = torch.arange(height * width, device=device)
-    row, col = down * height + slot // width, across * width + slot % width
-    inside = (row < rows) & (col < cols)
-    return _Slots(torch.where(inside, (tile * rows + row) * cols + col, 0), inside)
-
-
-def windows_per_tile(grid: Sequence[int], window: Sequence[int]) -> int:
-    """Windows that cover a grid, the last row and column padded: M."""
-    return -(-grid[0] // window[0]) * -(-grid[1] // window[1])
-
-
-def _gather(features: list[Tensor], slots: _Slots, pad_embed: Tensor | None, mask: Tensor | None) -> Tensor:
-    """The slots of all windows, [W, J, L*C]: pad embeddings added first, zeros outside the grid."""
-    x = torch.cat([f.flatten(0, 1)[slots.patch] for f in features], dim=-1)
-    if pad_embed is not None:
-        assert mask is not None
-        for row, chosen in zip(pad_embed, pad_rows(mask), strict=True):
-            x = x + torch.where(chosen.flatten()[slots.patch].unsqueeze(-1), row, 0)
-    return torch.where(slots.inside.unsqueeze(-1), x, 0)
-
-
-def pad_rows(mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Where pad_embed[0] and pad_embed[1] are added, compared in the mask's own dtype."""
-    return mask == 0, (mask < 1) & (mask != 0)
-
-
-def pad_kind(mask: Tensor) -> Tensor:
-    """uint8 like `mask`, dense: 0, or 1 + the row of pad_embed that is added to a patch. What kernels take."""
-    zero, partial = pad_rows(mask)
-    return (zero.to(torch.uint8) + 2 * partial.to(torch.uint8)).contiguous()
-
-
-def _attend(
-    x: Tensor,
-    w_q: Tensor,
-    b_q: Tensor | None,
-    w_kv: Tensor,
-    b_kv: Tensor | None,
-    num_heads: int,
-) -> _Attended:
+def _attend(x: Tensor, w_q: Tensor, b_q: Tensor | None, w_kv: Tensor, b_kv: Tensor | None, num_heads: int) -> _Attended:
     accumulator = torch.promote_types(x.dtype, torch.float32)
     kv = F.linear(x, w_kv, b_kv)
     q = F.linear(x.mean(1), w_q, b_q).unflatten(-1, (num_heads, -1)).unsqueeze(1).to(accumulator)
     k, v = (
-        t.unflatten(-1, (num_heads, -1)).to(accumulator)
-        for t in kv.split([w_q.shape[0], w_kv.shape[0] - w_q.shape[0]], dim=-1)
+        t.unflatten(-1, (num_heads, -1)).to(accumulator) for t in kv.split([len(w_q), len(w_kv) - len(w_q)], dim=-1)
     )
     scale = q.shape[-1] ** -0.5
     p = ((q * k).sum(-1) * scale).softmax(1)
     context = (p.unsqueeze(-1) * v).sum(1).flatten(1).to(x.dtype)
     return _Attended(q, k, v, p, scale, context)
+
+
+def _padded(features: list[Tensor], pad_embed: Tensor | None, mask: Tensor | None) -> Tensor:
+    """The hidden states side by side with the embeddings of padding added, [T, N, L*C]."""
+    x = torch.cat(features, dim=-1)
+    if mask is None:
+        return x
+    for row, chosen in zip(pad_embed, _pad_rows(mask), strict=True):
+        x = torch.where(chosen.unsqueeze(-1), x + row, x)
+    return x
+
+
+def _pad_rows(mask: Tensor) -> tuple[Tensor, Tensor]:
+    return mask == 0, (mask < 1) & (mask != 0)
+
+
+def _windows(x: Tensor, grid: list[int], window: list[int]) -> Tensor:
+    """[T, N, L*C] -> slots [T * M, J, L*C] of all windows, with zeros beyond the grid."""
+    (rows, cols), (height, width) = grid, window
+    x = x.unflatten(1, (rows, cols))
+    x = F.pad(x, (0, 0, 0, -cols % width, 0, -rows % height))
+    x = x.unflatten(2, (-1, width)).unflatten(1, (-1, height))
+    return x.transpose(2, 3).flatten(3, 4).flatten(0, 2)
+
+
+def _patches(slots: Tensor, grid: list[int], window: list[int], tiles: int) -> Tensor:
+    """The way back: slots [T * M, J, L*C] -> [T, N, L*C], without those beyond the grid."""
+    (rows, cols), (height, width) = grid, window
+    x = slots.unflatten(0, (tiles, -(-rows // height), -(-cols // width))).unflatten(3, (height, width))
+    x = x.transpose(2, 3).flatten(3, 4).flatten(1, 2)
+    return x[:, :rows, :cols].flatten(1, 2)
+
+
+def _chosen(windows: Tensor, keep: Tensor | None) -> Tensor:
+    if keep is None:
+        return windows
+    # unchecked indices (on GPUs) must not reach outside, and without a window there is nothing but zeros to give
+    if len(windows) == 0:
+        return windows.new_zeros(len(keep), *windows.shape[1:])
+    return windows[keep.clamp(0, len(windows) - 1)]
+
+
+def _count(grid: list[int], window: list[int]) -> int:
+    return -(-grid[0] // window[0]) * -(-grid[1] // window[1])

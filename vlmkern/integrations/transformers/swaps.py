@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ... import ops
 from ...nn import functional
-from ...reference.linear import ACTIVATIONS, activate
+from ...ops._algebra import ACTIVATIONS, activate
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _TOKENS = 5

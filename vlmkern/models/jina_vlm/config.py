@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ...reference.attention_pool import windows_per_tile
+from ...ops._windows import windows_per_tile
 
 
 class ConfigError(ValueError):
