@@ -65,9 +65,12 @@ class TestNumbers:
     def test_strides(self, backend):
         x, residual = torch.randn(20, 6).T, torch.randn(6, 50)[:, 3:23]
         with vlmkern.use_backend(backend):
-            normed, summed = ops.add_layer_norm(x, residual, torch.randn(40)[::2], None)
+            weight, bias = torch.randn(40)[::2], torch.randn(1).expand(20)
+            normed, summed = ops.add_layer_norm(x, residual, weight, bias)
             alone, _ = ops.add_layer_norm(x, None, None, None)
         assert normed.is_contiguous() and summed.is_contiguous() and alone.is_contiguous()
+        expected = eager(*(t.double() for t in (x, residual, weight, bias)))
+        torch.testing.assert_close(normed.double(), expected[0], rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(summed, x + residual)
         torch.testing.assert_close(alone, eager(x)[0], rtol=1e-4, atol=1e-5)
 

@@ -339,28 +339,6 @@ class TestLayouts:
 
 
 @pytest.mark.skipif(not vlmkern.backends()["native"]["available"], reason="no native backend")
-@pytest.mark.parametrize("bias", [True, False])
-def test_one_head_folds_its_weights_when_they_come_back(bias):
-    from vlmkern.native import derived
-
-    w = Weights.make(32, 1, 16, 32, 16, bias=bias)
-    features = list(torch.randn(2, 2, 25, 16))
-
-    def check():
-        out = ops.attention_pool(features, *w.projections, grid=(5, 5), num_heads=1)
-        torch.testing.assert_close(out, slow_pool(features, w, (5, 5)), rtol=1e-4, atol=1e-5)
-
-    for _ in range(3):
-        check()
-    assert derived._seen[w.w_q]["folded"].made is not None
-    # a change of any of the weights is seen
-    for tensor in w.projections:
-        if tensor is not None:
-            tensor.mul_(1.5)
-            check()
-            check()
-
-
 def problem(dtype=torch.float64, requires_grad=True):
     """Small sizes with every option in use."""
     w = Weights.make(8, 2, 3, 5, 6, dtype=dtype)

@@ -62,13 +62,23 @@ def test_a_named_backend_does_not_fall_back():
 
 
 def test_triton_on_cpu_tensors_raises():
-    q = torch.randn(1, 3, 2, 8)
     with (
         pytest.raises(vlmkern.BackendUnavailable, match=r"TRITON_INTERPRET=1|takes cuda tensors"),
         vlmkern.use_backend("triton"),
     ):
         ops.swiglu_mlp(torch.randn(2, 4), torch.randn(10, 4), torch.randn(6, 5))
-        ops.attention(q, q, q)
+
+
+def test_code_compiled_for_one_backend_does_not_run_silently_under_another():
+    op = torch.ops.vlmkern.linear.default
+    x, w = torch.randn(3, 4), torch.randn(5, 4)
+    with (
+        vlmkern.use_backend("native"),
+        pytest.raises(
+            vlmkern.BackendUnavailable, match="'native' is in force, but the code that runs was compiled for"
+        ),
+    ):
+        op(x, w, None, "none", None, "reference")
 
 
 def test_choice_ends_with_the_block_and_belongs_to_the_thread():
@@ -88,18 +98,49 @@ def test_choice_ends_with_the_block_and_belongs_to_the_thread():
 
 
 def test_backward_uses_the_backend_of_its_forward(monkeypatch):
-    used = []
-    run = vlmkern._backends.run
-    monkeypatch.setattr(
-        vlmkern._backends,
-        "run",
-        lambda op, *a: (used.append((op, vlmkern._backends.current())), run(op, *a))[1],
-    )
+    used = recorded(monkeypatch)
     q = torch.randn(1, 3, 2, 8, requires_grad=True)
     with vlmkern.use_backend("reference"):
         out = ops.attention(q, q, q)
     out.sum().backward()
     assert used == [("attention", "reference"), ("attention_bwd", "reference")]
+    with vlmkern.use_backend("reference"):
+        out = ops.attention(q, q, q)
+        with vlmkern.use_backend("auto"):
+            thread = threading.Thread(target=lambda: out.sum().backward())
+            thread.start()
+            thread.join()
+    assert used[2:] == [("attention", "reference"), ("attention_bwd", "reference")]
+
+
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+def test_compiled_code_follows_the_choice_forwards_and_backwards(monkeypatch, compiler):
+    used = recorded(monkeypatch)
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda q: ops.attention(q, q, q).sum(), backend=compiler, fullgraph=True)
+    q = torch.randn(1, 3, 2, 8, requires_grad=True)
+    for name in ("auto", "reference", "native", "auto"):
+        if name == "native" and not vlmkern.backends()["native"]["available"]:
+            continue
+        used.clear()
+        with vlmkern.use_backend(name):
+            out = compiled(q)
+        # on a thread of its own, as CUDA gradients are
+        thread = threading.Thread(target=out.backward)
+        thread.start()
+        thread.join()
+        assert used == [("attention", name), ("attention_bwd", name)]
+
+
+def recorded(monkeypatch):
+    """(op, backend) of every call from here on."""
+    used, run = [], vlmkern._backends.run
+    monkeypatch.setattr(
+        vlmkern._backends,
+        "run",
+        lambda op, device, args, chosen: (used.append((op, chosen)), run(op, device, args, chosen))[1],
+    )
+    return used
 
 
 def test_environment_variable():
@@ -113,12 +154,12 @@ def test_environment_variable():
 
 
 def test_import_is_light():
-    """No Triton, no GPU driver, no extension until something asks for them."""
+    """No Triton, no GPU driver until something asks for them."""
     code = (
-        "import sys, vlmkern, torch; names = ('triton', 'vlmkern._C', 'transformers');"
+        "import sys, vlmkern, torch; names = ('triton', 'transformers');"
         "print(*(name in sys.modules for name in names), torch.cuda.is_initialized())"
     )
-    assert run_python(code).stdout.strip() == "False False False False"
+    assert run_python(code).stdout.strip() == "False False False"
 
 
 def test_without_the_extension_ops_work_and_say_so_once():

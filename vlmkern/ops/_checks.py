@@ -16,6 +16,7 @@ FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 def float_tensor(name: str, tensor: torch.Tensor) -> None:
     """TypeError unless the dtype is one that the ops compute in."""
+    _required(name, tensor)
     if tensor.dtype not in FLOAT_DTYPES:
         raise TypeError(f"{name}: got dtype {tensor.dtype}, expected float32, bfloat16, float16 or float64")
 
@@ -24,6 +25,12 @@ def tensor(name: str, value: Any) -> None:
     """TypeError unless the value is a tensor: for what is looked at before torch checks an op's types."""
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{name}: got {type(value).__name__}, expected a torch.Tensor")
+
+
+def _required(name: str, value: torch.Tensor | None) -> None:
+    # torch lets None pass for a tensor
+    if value is None:
+        raise TypeError(f"{name}: got None, expected a torch.Tensor")
 
 
 def wanted(flags: Sequence[bool], count: int) -> None:
@@ -60,6 +67,7 @@ def twin(name: str, tensor: torch.Tensor, other_name: str, other: torch.Tensor, 
 
 def rank(name: str, tensor: torch.Tensor, *layouts: str) -> None:
     """ValueError unless the tensor has as many dimensions as one of the layouts, e.g. "[B, N, H, D]"."""
+    _required(name, tensor)
     if tensor.dim() not in _ranks(layouts):
         raise ValueError(f"{name}: got shape {list(tensor.shape)}, expected {' or '.join(layouts)}")
 
@@ -74,6 +82,7 @@ def shape(name: str, tensor: torch.Tensor, expected: Sequence[Any], layout: str)
     # tensors that are being traced have sizes that may only be compared one by one, as torch is to be told of each
     if type(tensor) in _CONCRETE and tensor.shape == tuple(expected):
         return
+    _required(name, tensor)
     if tensor.dim() != len(expected):
         raise ValueError(f"{name}: got shape {list(tensor.shape)}, expected {list(expected)} = {layout}")
     for got, want in zip(tensor.shape, expected, strict=True):
