@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from cases import DTYPES, PROVIDERS, backward, compiled, forward, run_case
 from torch import nn
 
+import vlmkern
 from vlmkern import ops
 
 # tiles, heads, key dimension, value dimension
@@ -63,6 +64,8 @@ def bench_attention_pool(benchmark, shape, mode, dtype, provider):
     features = [f.to(DTYPES[dtype]) for f in features]
     q, kv, out = weights
     if provider == "vlmkern":
+        if mode == "fwd":
+            vlmkern.pack(module)
         call = run(lambda *f: ops.attention_pool(f, q, None, kv, None, out, None, grid=GRID, num_heads=heads))
     else:
         function = compiled(module, mode) if provider == "compile" else module

@@ -7,6 +7,8 @@ import torch
 from bench_decode import LAYERS, VOCABULARY, make_model, make_transformers
 from cases import DTYPES, run_case
 
+import vlmkern
+
 SHAPES = {"424_tokens": 424, "1744_tokens": 1744}  # one tile, twelve tiles
 PROVIDERS = ("transformers_sdpa", "transformers_eager", "vlmkern")
 
@@ -23,6 +25,8 @@ def bench_prefill(benchmark, shape, dtype, provider):
     theirs = make_transformers(model, "eager" if provider == "transformers_eager" else "sdpa")
     exact = theirs.model(ids).last_hidden_state.float()
     decoder = model.model.language_model
+    if provider == "vlmkern":
+        vlmkern.pack(decoder)
     embeds = decoder.embedding(ids)
     call = (lambda: decoder(embeds)) if provider == "vlmkern" else (lambda: theirs.model(ids).last_hidden_state)
     text = model.config.text

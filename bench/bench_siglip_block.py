@@ -7,6 +7,7 @@ import torch
 from cases import DTYPES, compiled, forward, run_case
 from torch import nn
 
+import vlmkern
 from vlmkern.models.jina_vlm.config import VisionConfig
 from vlmkern.models.jina_vlm.vision import VisionBlock
 
@@ -58,6 +59,8 @@ def bench_siglip_block_fwd(benchmark, shape, dtype, provider):
     with torch.no_grad():
         exact = theirs(x)
     module = (block if provider == "vlmkern" else theirs).to(DTYPES[dtype]).requires_grad_(False)
+    if provider == "vlmkern":
+        vlmkern.pack(module)
     x = x.to(DTYPES[dtype])
     function = compiled(module) if provider == "compile" else module
     tokens, width = tiles * config.num_patches, config.hidden_size

@@ -7,6 +7,8 @@ import torch
 from cases import DTYPES, compiled, forward, run_case
 from torch import nn
 
+import vlmkern
+
 SHAPES = {"1_image": 1, "2_images": 2}
 PROVIDERS = ("transformers", "onednn", "compile", "vlmkern")
 SIZE, PATCH, WIDTH, HIDDEN, HEADS, LAYERS = 378, 14, 1152, 4304, 16, 4
@@ -46,6 +48,7 @@ def bench_siglip_patched_fwd(benchmark, shape, dtype, provider):
 
         # four blocks of three modules each
         assert len(patch(module)) == 3 * LAYERS
+        vlmkern.pack(module)
     patches = (SIZE // PATCH) ** 2
     tokens = SHAPES[shape] * patches
     block = 2 * tokens * WIDTH * (4 * WIDTH + 2 * HIDDEN) + 4 * tokens * patches * WIDTH

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from cases import DTYPES, PROVIDERS, backward, compiled, forward, run_case
 from torch import nn
 
+import vlmkern
 from vlmkern import ops
 
 # rows, input, hidden, output
@@ -50,6 +51,8 @@ def bench_swiglu_mlp(benchmark, shape, mode, dtype, provider):
     exact = run(module, x.float())()
     module.to(DTYPES[dtype])
     if provider == "vlmkern":
+        if mode == "fwd":
+            vlmkern.pack(module)
         call = run(lambda x: ops.swiglu_mlp(x, *weights), x)
     else:
         call = run(compiled(module, mode) if provider == "compile" else module, x)

@@ -17,6 +17,7 @@ from bench_swiglu_mlp import Eager as EagerMLP
 from cases import DTYPES, compiled, forward, run_case
 from torch import nn
 
+import vlmkern
 from vlmkern.models.jina_vlm.config import JinaVLMConfig, VisionConfig
 from vlmkern.models.jina_vlm.image_processor import JinaVLMImageProcessor
 from vlmkern.models.jina_vlm.vision import VisionModel, run_tower
@@ -81,6 +82,7 @@ def bench_vision_path_fwd(benchmark, shape, dtype, provider):
     module = (vision if provider == "vlmkern" else theirs).to(DTYPES[dtype]).requires_grad_(False)
     crops, mask = crops.to(DTYPES[dtype]), torch.ones(CROPS, 729)
     if provider == "vlmkern":
+        vlmkern.pack(module)
         call = forward(lambda crops: vision.vl_connector(run_tower(vision, crops), mask, keep), [crops])
     else:
         function = compiled(module) if provider == "compile" else module

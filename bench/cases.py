@@ -5,7 +5,7 @@ Providers are ways to compute the same thing:
     onednn    eager with float32 products sent to oneDNN (set_float32_matmul_precision("medium"); still float32 on CPUs
               without AMX, and the faster route where MKL takes its slow path)
     compile   torch.compile with frozen (prepacked) weights, on that same route
-    vlmkern   this package
+    vlmkern   this package, with copies of fixed weights (`vlmkern.pack`), as the one above has them
 plus, in some suites, named ones (sdpa, transformers). The ratio that counts is to the best of the others.
 """
 
