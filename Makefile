@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 NATIVE := CMakeLists.txt $(shell find csrc -type f)
 
-.PHONY: setup demo test test-compat test-vllm bench report bench-compare gpu sanitize lint format dist clean
+.PHONY: setup demo test test-compat test-vllm fuzz bench report bench-compare gpu sanitize lint format dist clean
 
 setup: $(STAMP)
 
@@ -46,6 +46,12 @@ $(VLLM_VENV)/.installed: pyproject.toml tests/vllm/install.py $(NATIVE)
 
 test-vllm: $(VLLM_VENV)/.installed
 	$(VLLM_PYTHON) -m pytest tests/vllm
+
+# random calls of every op under every instruction set, judged against float64: make fuzz [N=] [SEED=] [OP=] [ISA=]
+N ?= 10000
+SEED ?= 0
+fuzz: setup
+	$(BIN)/python -m tests.fuzz --cases $(N) --seed $(SEED) $(if $(OP),--op $(OP)) $(if $(ISA),--isa '$(ISA)')
 
 bench: setup
 	mkdir -p bench/out
