@@ -14,7 +14,7 @@ import vlmkern
 from vlmkern import ops
 from vlmkern.native import attention as native
 from vlmkern.reference import attention as reference
-from vlmkern.reference.linear import ACTIVATIONS
+from vlmkern.ops._algebra import ACTIVATIONS
 
 pytestmark = pytest.mark.skipif(not vlmkern.backends()["native"]["available"], reason="no native backend")
 

@@ -119,11 +119,12 @@ def attention_pool_bwd(
     d_out = grad.reshape(len(x), len(w_o))
     d_x, of_weights = _attend_bwd(d_out, x, w_q, b_q, w_kv, b_kv, w_o, num_heads)
     per_patch = scatter(d_x, slots, tiles * patches).to(x.dtype)
-    grads = [d.contiguous() for d in per_patch.view(tiles, patches, x.shape[-1]).split(channels, dim=-1)]
+    grads = [d.contiguous() for d in per_patch.view(tiles, patches, len(features), channels).unbind(2)]
     grads += [*of_weights, d_out.sum(0)]
     if mask is not None:
-        zero, partial = (chosen.flatten().to(x.dtype) for chosen in pad_rows(mask))
-        grads.append(torch.stack([zero @ per_patch, partial @ per_patch]))
+        # chosen, not multiplied by zeros: gradients of other patches may be NaN
+        chosen = (row.flatten().unsqueeze(-1) for row in pad_rows(mask))
+        grads.append(torch.stack([torch.where(row, per_patch, 0).sum(0) for row in chosen]))
     return [g for g, want in zip(grads, wanted, strict=False) if want]
 
 

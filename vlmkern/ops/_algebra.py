@@ -54,6 +54,7 @@ def linear_bwd(
     d_linear = d_out
     if activation != "none" and (want_x or want_weight or want_bias):
         before = product(rows, weight, bias)
+        d_out = d_out.contiguous()  # torch's gradient of gelu refuses rows that overlap
         if activation == "silu":
             d_linear = torch.ops.aten.silu_backward(d_out, before)
         else:

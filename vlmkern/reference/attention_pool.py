@@ -78,7 +78,7 @@ def attention_pool_bwd(
     if keep is not None:
         d_x = torch.zeros_like(slots).index_add_(0, keep.clamp(0, max(len(slots) - 1, 0)), d_x)
     d_patches = _patches(d_x, grid, window, len(features[0]))
-    every = [*(d.contiguous() for d in d_patches.split(features[0].shape[2], dim=-1))]
+    every = [d.contiguous() for d in d_patches.unflatten(-1, (len(features), features[0].shape[2])).unbind(-2)]
     every += [
         d_q.mT @ x.mean(1),
         d_q.sum(0),

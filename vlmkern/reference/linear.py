@@ -24,7 +24,7 @@ def linear_bwd(
     dz = act'(z) * dy, dx = dz W, dW = dz^T x, dbias = sum dz and dresidual = dy."""
     rows = grad.shape[:-1].numel()
     dy, x_rows = grad.reshape(rows, grad.shape[-1]), x.reshape(rows, x.shape[-1])
-    dz = dy
+    dz = dy = dy.contiguous()  # torch's gradient of gelu refuses rows that overlap
     if activation == "silu":
         dz = torch.ops.aten.silu_backward(dy, F.linear(x_rows, weight, bias))
     elif activation != "none":
