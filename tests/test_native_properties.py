@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 import vlmkern
 from vlmkern import ops
 from vlmkern.native import attention as native
-from vlmkern.reference import attention as reference
 from vlmkern.ops._algebra import ACTIVATIONS
+from vlmkern.reference import attention as reference
 
 pytestmark = pytest.mark.skipif(not vlmkern.backends()["native"]["available"], reason="no native backend")
 

@@ -148,7 +148,7 @@ def test_report_and_release():
     assert report.bytes == 0 and report.most_bytes == layer.weight.nbytes + layer.bias.nbytes
     layer(torch.randn(ROWS, 64))
     assert report.bytes >= layer.weight.nbytes
-    assert "2 weights may be copied, 2 passed over" in str(report)
+    assert "2 weights may be copied, 0 released, 2 passed over" in str(report)
     assert vlmkern.unpack(layer) >= layer.weight.nbytes
     assert report.bytes == 0
     layer(torch.randn(ROWS, 64))
@@ -159,6 +159,50 @@ def test_report_and_release():
     del layer, report
     gc.collect()
     assert len(packing._copies) == before
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_released_weights_are_there_once(dtype):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.mlp, self.proj = SwiGLUMLP(64, 96, 32), nn.Linear(32, 48)
+            self.trained, self.tied, self.again = nn.Linear(48, 48), nn.Linear(8, 8), nn.Linear(8, 8)
+            self.again.weight = self.tied.weight
+
+        def forward(self, x):
+            x = ops.linear(self.mlp(x), self.proj.weight, self.proj.bias, activation="silu")
+            return ops.linear(x, self.trained.weight, self.trained.bias)
+
+    net = Net().to(dtype).requires_grad_(False)
+    net.trained.requires_grad_(True)
+    before = {name: p.clone() for name, p in net.named_parameters()}
+    inputs = [torch.randn(rows, 64).to(dtype) for rows in (1, 3, ROWS)]
+    expected = [net(x) for x in inputs]
+    report = vlmkern.pack(net, release=True)
+    assert set(report.released) == {"mlp.up.weight", "mlp.down.weight", "proj.weight"}
+    assert report.released["proj.weight"] == net.proj.weight.numel() * dtype.itemsize
+    assert not set(report.released) & (set(report.weights) | set(report.passed_over))
+    for _ in range(2):
+        for x, y in zip(inputs, expected, strict=True):
+            actual = net(x)
+            assert (actual - y).abs().max() <= (1e-5 if dtype == torch.float32 else 2e-2) * y.abs().max()
+    for refused in (
+        lambda: nn.functional.linear(torch.randn(5, 32).to(dtype), net.proj.weight),
+        lambda: ops.linear(torch.randn(5, 32).to(dtype).requires_grad_(), net.proj.weight).sum().backward(),
+        lambda: ops.linear(torch.randn(5, 32).double(), net.proj.weight),
+        lambda: ops.attention_pool(
+            [inputs[0]], net.proj.weight, None, *[net.proj.weight, None] * 2, grid=(1, 1), num_heads=1
+        ),
+        lambda: copy.deepcopy(net),
+        lambda: net.state_dict() and torch.save(net.state_dict(), "/dev/null"),
+    ):
+        with pytest.raises((RuntimeError, ValueError, TypeError)):
+            refused()
+    assert vlmkern.unpack(net) >= sum(report.released.values())
+    for name, p in net.named_parameters():
+        assert torch.equal(p, before[name]) and p.requires_grad == name.startswith("trained")
+    assert all(torch.equal(net(x), y) for x, y in zip(inputs, expected, strict=True))
 
 
 def test_weights_whose_changes_are_not_seen_are_passed_over(monkeypatch):

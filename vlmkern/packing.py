@@ -7,6 +7,7 @@ place of four for one-head attention pooling, at the price of the memory that `p
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -37,10 +38,12 @@ class PackReport:
 
     Attributes:
         weights: name -> bytes, of the parameters that may be copied.
-        passed_over: name -> why a parameter may not.
+        released: name -> bytes, of those that are there as a copy only.
+        passed_over: name -> why a parameter is neither.
     """
 
     weights: Mapping[str, int]
+    released: Mapping[str, int]
     passed_over: Mapping[str, str]
     _tensors: tuple[Tensor, ...] = field(repr=False, default=())
 
@@ -56,12 +59,13 @@ class PackReport:
 
     def __str__(self) -> str:
         return (
-            f"{len(self.weights)} weights may be copied, {len(self.passed_over)} passed over;"
+            f"{len(self.weights)} weights may be copied, {len(self.released)} released,"
+            f" {len(self.passed_over)} passed over;"
             f" copies take {self.bytes / 1e6:.1f} MB now, at most about {self.most_bytes / 1e6:.1f} MB"
         )
 
 
-def pack(model: nn.Module) -> PackReport:
+def pack(model: nn.Module, *, release: bool = False) -> PackReport:
     """Lets the ops keep copies of a module's weights in the layouts that are fastest for them, from now on.
 
     A copy follows its weight through whatever torch counts or shows: operations in place, optimizers,
@@ -74,6 +78,11 @@ def pack(model: nn.Module) -> PackReport:
 
     Args:
         model: a module whose parameters are on CPU. Parameters elsewhere are passed over.
+        release: the packed form takes the place of the weights of linear layers, so that nothing is there twice. Only
+            `ops.linear` and `ops.swiglu_mlp` read it, without a gradient; everything else (other code, saving, moving,
+            copying) raises until `unpack` gives the weights back. Products of up to four rows, as a decoder's, are
+            slower with it. Left as they are: weights that are trained, that several modules share, or that an op reads
+            in another form.
 
     Returns:
         The weights, and what their copies take. VLMKERN_PREPACK=0 passes all over.
@@ -82,29 +91,37 @@ def pack(model: nn.Module) -> PackReport:
         TypeError: `model` is not a module.
     """
     _require_module(model)
+    released = _release(model) if release else {}
     weights, passed_over, tensors = {}, {}, []
     for name, parameter in model.named_parameters():
         reason = _unfit(parameter)
         if reason is not None:
-            passed_over[name] = reason
+            if name not in released:
+                passed_over[name] = reason
             continue
         _copies[parameter] = {}
         weights[name] = parameter.nbytes
         tensors.append(parameter)
-    return PackReport(weights, passed_over, tuple(tensors))
+    return PackReport(weights, released, passed_over, tuple(tensors))
 
 
 def unpack(model: nn.Module) -> int:
-    """Drops the copies of a module's weights and makes no more.
+    """Drops the copies of a module's weights and makes no more; weights that were released are there again, to the bit.
 
     Returns:
-        The bytes that this frees.
+        The bytes of the copies that are dropped.
 
     Raises:
         TypeError: `model` is not a module.
     """
     _require_module(model)
-    return sum(copy.bytes for p in model.parameters() for copy in _copies.pop(p, {}).values())
+    freed = sum(copy.bytes for p in model.parameters() for copy in _copies.pop(p, {}).values())
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter.is_mkldnn:
+                module._parameters[name] = nn.Parameter(parameter.to_dense(), requires_grad=False)
+                freed += _bytes(parameter)
+    return freed
 
 
 def packed(name: str, weights: tuple[Tensor, ...], make: Callable[[], Any]) -> Any | None:
@@ -125,6 +142,35 @@ def packed(name: str, weights: tuple[Tensor, ...], make: Callable[[], Any]) -> A
     return copy.made
 
 
+def _release(model: nn.Module) -> dict[str, int]:
+    """Puts the packed form in the place of the weights that allow it: name -> bytes."""
+    owners: dict[int, int] = {}
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            owners[id(parameter)] = owners.get(id(parameter), 0) + 1
+    released = {}
+    for prefix, parent in list(model.named_modules()):
+        # what an op reads in another form than a product's, its module says
+        kept = getattr(parent, "plain_weights", ())
+        for name, layer in parent.named_children():
+            weight = getattr(layer, "weight", None)
+            if type(layer) is not nn.Linear or name in kept or weight.requires_grad or owners[id(weight)] > 1:
+                continue
+            if weight.is_mkldnn or _unfit(weight) is not None or weight.numel() == 0 or not onednn_has(weight.dtype):
+                continue
+            layer.weight = nn.Parameter(torch.ops.mkldnn._reorder_linear_weight(weight.detach()), requires_grad=False)
+            released[".".join(part for part in (prefix, name, "weight") if part)] = _bytes(weight)
+    return released
+
+
+@functools.cache
+def onednn_has(dtype: torch.dtype) -> bool:
+    """Whether oneDNN multiplies matrices of the dtype on this CPU, as far as it may use it (ONEDNN_MAX_CPU_ISA)."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
 def _state(weight: Tensor) -> tuple[Any, ...]:
     # a weak reference keeps the storage's address from being used for another
     return StorageWeakRef(weight.untyped_storage()), weight.data_ptr(), weight._version, weight.shape, weight.stride()
@@ -140,6 +186,8 @@ def _unfit(weight: Tensor) -> str | None:
         return f"it is on {weight.device.type}"
     if weight.dtype not in _DTYPES:
         return f"it is {weight.dtype}"
+    if weight.is_mkldnn:
+        return "it is released"
     if weight.is_inference():
         return "it was made in inference mode, where changes are not counted"
     if not weight.is_contiguous():

@@ -9,7 +9,6 @@ Weights of packed modules are kept in oneDNN's blocked layout: 4 to 10 % faster,
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from torch import Tensor
 from .._backends import BackendUnavailable
 from ..ops import _algebra
 from ..ops._algebra import activate, as_rows
-from ..packing import packed
+from ..packing import onednn_has, packed
 from . import dtype_code, extension, require_dtype
 
 _POST_OPS = {"none": ("none", ""), "gelu_tanh": ("gelu", "tanh"), "gelu": ("gelu", "none"), "silu": ("swish", "")}
@@ -33,10 +32,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, resi
         return y if residual is None else y.add_(residual)
     outputs = len(weight)
     rows = as_rows(x)
-    if len(rows) <= extension().max_linear_rows:
+    if len(rows) <= extension().max_linear_rows and not weight.is_mkldnn:
         y = activate(_few_rows(rows, weight, bias), activation).view(*x.shape[:-1], outputs)
         return y if residual is None else y.add_(residual)
-    if not takes_onednn(rows, weight):
+    if not weight.is_mkldnn and not takes_onednn(rows, weight):
         raise BackendUnavailable(f"backend 'native' has no linear kernel for {len(rows)} rows of {x.dtype}")
     weight, bias = _for_onednn(weight), _dense_vector(bias)
     onednn = torch.ops.mkldnn._linear_pointwise
@@ -73,14 +72,6 @@ def takes_onednn(rows: Tensor, weight: Tensor) -> bool:
     return (
         len(rows) > extension().max_linear_rows and rows.numel() > 0 and weight.numel() > 0 and onednn_has(rows.dtype)
     )
-
-
-@functools.cache
-def onednn_has(dtype: torch.dtype) -> bool:
-    """Whether oneDNN multiplies matrices of the dtype on this CPU, as far as it may use it (ONEDNN_MAX_CPU_ISA)."""
-    if not torch.backends.mkldnn.is_available():
-        return False
-    return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def onednn_packed(weight: Tensor) -> Tensor:
@@ -127,5 +118,7 @@ def _dense_vector(bias: Tensor | None) -> Tensor | None:
 
 def _for_onednn(weight: Tensor) -> Tensor:
     """The weight in oneDNN's layout where its module is packed, else the weight itself."""
+    if weight.is_mkldnn:
+        return weight
     copy = packed("onednn", (weight,), lambda: onednn_packed(weight.detach()))
     return dense(weight) if copy is None else copy

@@ -18,7 +18,7 @@ def swiglu_mlp(x: Tensor, w_up: Tensor, w_down: Tensor, b_up: Tensor | None, b_d
     """See `vlmkern.reference.swiglu_mlp.swiglu_mlp`."""
     require_dtype("swiglu_mlp", x.dtype)
     rows = as_rows(x)
-    if not takes_onednn(rows, w_up):
+    if w_up.is_mkldnn or not takes_onednn(rows, w_up):
         return _algebra.swiglu_mlp(x, w_up, w_down, b_up, b_down, silu_mul=silu_mul, product=linear_or_torch)
     hidden = _hidden(rows, w_up, b_up)
     return linear_or_torch(hidden, w_down, b_down).view(*x.shape[:-1], len(w_down))

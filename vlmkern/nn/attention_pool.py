@@ -27,6 +27,9 @@ class AttentionPool(nn.Module):
     [Co, H*Dv]; with `bias` also `q_b`, `k_b`, `v_b`, `out.bias`.
     """
 
+    # keys and values are never projected as a linear layer would: see `vlmkern.pack`
+    plain_weights = ("q_w", "kv_w", "out")
+
     def __init__(
         self,
         input_size: int,

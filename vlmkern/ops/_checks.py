@@ -44,6 +44,19 @@ def like(name: str, tensor: torch.Tensor, other_name: str, other: torch.Tensor) 
     if tensor.dtype is not other.dtype:
         raise TypeError(f"{name}: got dtype {tensor.dtype}, expected {other.dtype} like {other_name}")
     same_device(name, tensor, other_name, other)
+    if tensor.layout is not torch.strided:
+        raise ValueError(f"{name}: got layout {tensor.layout}, expected torch.strided (vlmkern.unpack gives it back)")
+
+
+def linear_weight(name: str, tensor: torch.Tensor, other_name: str, other: torch.Tensor) -> None:
+    """`like` for a weight that may be there in its packed form only, see `vlmkern.pack`."""
+    if not tensor.is_mkldnn:
+        return like(name, tensor, other_name, other)
+    if tensor.dtype is not other.dtype or other.device.type != "cpu":
+        raise TypeError(
+            f"{name}: got a packed weight of {tensor.dtype} on cpu, expected {other.dtype} on {other.device} like"
+            f" {other_name}"
+        )
 
 
 def same_device(name: str, tensor: torch.Tensor, other_name: str, other: torch.Tensor) -> None:
@@ -57,6 +70,7 @@ def twin(name: str, tensor: torch.Tensor, other_name: str, other: torch.Tensor, 
     if (
         type(tensor) in _CONCRETE
         and tensor.dtype is other.dtype
+        and tensor.layout is torch.strided
         and tensor.shape == other.shape
         and tensor.device == other.device
     ):

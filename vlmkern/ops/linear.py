@@ -50,7 +50,8 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, resi
         _checks.shape("residual", residual, (*x.shape[:-1], weight.shape[0]), "[..., E] like the result")
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation: got {activation!r}, expected one of {', '.join(ACTIVATIONS)}")
-    for name, tensor in (("weight", weight), ("bias", bias), ("residual", residual)):
+    _checks.linear_weight("weight", weight, "x", x)
+    for name, tensor in (("bias", bias), ("residual", residual)):
         if tensor is not None:
             _checks.like(name, tensor, "x", x)
 
@@ -59,6 +60,7 @@ def _check_bwd(
     grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, wanted: list[bool]
 ) -> None:
     _check(x, weight, bias, activation, None)
+    _checks.like("weight", weight, "x", x)
     _checks.shape("grad", grad, (*x.shape[:-1], weight.shape[0]), "[..., E] like the result")
     _checks.like("grad", grad, "x", x)
     _checks.wanted(wanted, 4)

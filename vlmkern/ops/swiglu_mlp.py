@@ -51,13 +51,17 @@ def _check(x: Tensor, w_up: Tensor, w_down: Tensor, b_up: Tensor | None, b_down:
         _checks.shape("b_up", b_up, (up_rows,), "[2F]")
     if b_down is not None:
         _checks.shape("b_down", b_down, (w_down.shape[0],), "[E]")
-    for name, tensor in (("w_up", w_up), ("w_down", w_down), ("b_up", b_up), ("b_down", b_down)):
+    for name, tensor in (("w_up", w_up), ("w_down", w_down)):
+        _checks.linear_weight(name, tensor, "x", x)
+    for name, tensor in (("b_up", b_up), ("b_down", b_down)):
         if tensor is not None:
             _checks.like(name, tensor, "x", x)
 
 
 def _check_bwd(grad: Tensor, x: Tensor, w_up: Tensor, w_down: Tensor, b_up: Tensor | None, wanted: list[bool]) -> None:
     _check(x, w_up, w_down, b_up, None)
+    for name, tensor in (("w_up", w_up), ("w_down", w_down)):
+        _checks.like(name, tensor, "x", x)
     _checks.shape("grad", grad, (*x.shape[:-1], w_down.shape[0]), "[..., E] like the result")
     _checks.like("grad", grad, "x", x)
     _checks.wanted(wanted, 5)
