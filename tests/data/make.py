@@ -2,8 +2,8 @@
 
 ARRAYS holds what README.md describes, uncut: `tiny378` and `tiny70` as .config.json and .safetensors,
 `tiny378_640x480`, `tiny378_64x64`, `tiny378_text`, `tiny70_masks` and `improc` as .npz. The same arrays give the same
-bytes with the numpy and the Pillow that wrote them, and the same values with any. Of vlmkern nothing is used: it is what
-the arrays judge.
+bytes with the numpy and the Pillow that wrote them, and the same values with any. vlmkern is not used, as the arrays
+judge it.
 """
 
 from __future__ import annotations

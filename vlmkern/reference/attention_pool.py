@@ -75,7 +75,7 @@ def attention_pool_bwd(
     per_patch = d_x.new_zeros(tiles * patches, x.shape[-1]).index_put_((index,), d_x, accumulate=True)
     per_patch = per_patch.to(x.dtype)
 
-    grads: list[Tensor] = list(per_patch.view(tiles, patches, -1).split(channels, dim=-1))
+    grads: list[Tensor] = list(per_patch.view(tiles, patches, x.shape[-1]).split(channels, dim=-1))
     grads += [*of_weights, d_out.sum(0)]
     if pad_embed is not None:
         assert mask is not None
