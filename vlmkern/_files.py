@@ -80,7 +80,11 @@ def read_json_object(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def reason(error: BaseException) -> str:
-    """What an error says, on one line, cut to a few of them in a terminal and without the file's name; its type where
-    it says nothing."""
-    text = " ".join((getattr(error, "strerror", None) or str(error)).split())
-    return (text if len(text) <= 300 else f"{text[:200]} ... {text[-80:]}") or type(error).__name__
+    """What an error says, as `one_line` and without the file's name; its type where it says nothing."""
+    return one_line(getattr(error, "strerror", None) or str(error)) or type(error).__name__
+
+
+def one_line(text: str) -> str:
+    """A message without line breaks, and without its middle where it is long."""
+    text = " ".join(text.split())
+    return text if len(text) <= 250 else f"{text[:150]} ... {text[-80:]}"

@@ -194,7 +194,8 @@ class JinaVLMConfig:
         Raises:
             ConfigError: the file is missing, is not JSON, or does not describe a jina-vlm; it names the file.
         """
-        path = Path(directory) / "config.json"
+        directory = Path(directory)
+        path = directory / "config.json"
         try:
             layout = read_json_object(path)
         except FileNotFoundError:

@@ -15,12 +15,17 @@ import torch
 from tokenizers import Tokenizer
 from torch.nn.utils.rnn import pad_sequence
 
-from .image_processor import DROPPED, JinaVLMImageProcessor, read_json
+from ..._files import MOST_JSON_BYTES, read_regular, read_text, reason
+from .image_processor import CONFIG_FILE, DROPPED, JinaVLMImageProcessor, naming, read_json
+from .section import shown
 
 if TYPE_CHECKING:
     import os
 
     from ...images import ImageSource
+
+# several times the largest of today's vocabularies
+_MOST_TOKENIZER_BYTES = 128 << 20
 
 # the names under which a released tokenizer holds the ids that the image processor writes
 TOKEN_NAMES = {
@@ -98,19 +103,24 @@ class JinaVLMProcessor:
             FileNotFoundError: no such directory, or no ``tokenizer.json`` in it.
             ValueError: a file that cannot be read as what it should be.
         """
-        config = read_json(directory, "preprocessor_config.json")
+        config = read_json(directory, CONFIG_FILE)
         tokenizer = _own_copy(Path(directory) / "tokenizer.json")
         for key, name in TOKEN_NAMES.items():
             if config.get(key) is None:
                 config[key] = tokenizer.token_to_id(name)
-        template = Path(directory) / "chat_template.jinja"
+        with naming(directory, image_overrides):
+            image_processor = JinaVLMImageProcessor.from_dict(config, **image_overrides)
+        spaced = read_json(directory, "processor_config.json").get("always_start_with_space")
+        if spaced not in (True, False, None):
+            raise ValueError(
+                f"{Path(directory) / 'processor_config.json'}: always_start_with_space must be true or false, "
+                f"got {shown(spaced)}"
+            )
         return cls(
             tokenizer,
-            JinaVLMImageProcessor.from_dict(config, **image_overrides),
-            chat_template=template.read_text(encoding="utf-8") if template.exists() else None,
-            always_start_with_space=bool(
-                read_json(directory, "processor_config.json").get("always_start_with_space", True)
-            ),
+            image_processor,
+            chat_template=_read_template(Path(directory) / "chat_template.jinja"),
+            always_start_with_space=spaced is not False,
         )
 
     def __call__(
@@ -304,19 +314,28 @@ class JinaVLMProcessor:
             raise ValueError(f"the chat template failed: {type(error).__name__}: {error}") from error
 
 
+def _read_template(path: Path) -> str | None:
+    try:
+        return read_text(path, MOST_JSON_BYTES)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: not a template ({reason(error)})") from None
+
+
 def _own_copy(tokenizer: Tokenizer | str | os.PathLike[str]) -> Tokenizer:
     """A tokenizer of our own that treats special tokens as text and neither cuts nor pads."""
     if isinstance(tokenizer, Tokenizer):
         own = Tokenizer.from_str(tokenizer.to_str())
     else:
         path = Path(tokenizer)
-        if not path.is_file():
-            raise FileNotFoundError(f"{path}: no such file; a tokenizer.json is needed")
         try:
-            own = Tokenizer.from_file(str(path))
+            own = Tokenizer.from_buffer(read_regular(path, _MOST_TOKENIZER_BYTES))
+        except FileNotFoundError:
+            raise FileNotFoundError(f"{path}: no such file; a tokenizer.json is needed") from None
         except Exception as error:
             # the rust side raises bare Exception
-            raise ValueError(f"{path}: not a tokenizer.json ({error})") from error
+            raise ValueError(f"{path}: not a tokenizer.json ({reason(error)})") from error
     own.encode_special_tokens = True
     own.no_truncation()
     own.no_padding()
