@@ -472,3 +472,18 @@ def test_mutated_files(directory):
                 refused += 1
         path.write_bytes(content)
     assert 100 < refused < 300
+
+
+def test_tokenizer_files_on_which_the_library_panics(tmp_path):
+    tokenizer = json.loads(Tokenizer(models.BPE({"a": 0, "b": 1, "ab": 2}, [("a", "b")])).to_str())
+    # longer than any token that it should be cut from
+    tokenizer["model"]["continuing_subword_prefix"] = "##"
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(ValueError, match=r"tokenizer\.json: not a tokenizer\.json \("):
+        JinaVLMProcessor.from_pretrained(tmp_path)
+
+
+def test_text_that_the_tokenizer_has_no_ids_for():
+    processor = make_processor(Tokenizer(models.WordPiece({"a": 0}, unk_token="[UNK]")))
+    with pytest.raises(ValueError, match=r"the tokenizer cannot encode the text \(.*UNK"):
+        processor("b")

@@ -7,7 +7,8 @@ the BOS id goes in front. The prompt format is Molmo's "role" style (Deitke et a
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -152,8 +153,8 @@ class JinaVLMProcessor:
             All are on the CPU.
 
         Raises:
-            ValueError: markers and pictures that do not match, text that encodes to an id
-                reserved for pictures, or an unusable picture.
+            ValueError: markers and pictures that do not match, text that encodes to an id reserved for pictures or
+                not at all, or an unusable picture.
             TypeError: a prompt that is not a string.
         """
         sequences = [self._encode(text, pictures) for text, pictures in _batch(prompt, images)]
@@ -226,7 +227,8 @@ class JinaVLMProcessor:
             return [self.decode(row) for row in values]
         ends = (self.image_processor.bos_token_id, self.image_processor.eos_token_id)
         kept = [value for value in values if 0 <= value < self._first_image_id and value not in ends]
-        return self.tokenizer.decode(kept, skip_special_tokens=True)
+        with _tokenizer_errors("the tokenizer cannot decode the ids"):
+            return self.tokenizer.decode(kept, skip_special_tokens=True)
 
     def _encode(self, prompt: str, images: Sequence[Any]) -> _Sequence:
         # spelled out as text the EOS token is several ids, so it has to go before the text is encoded
@@ -254,7 +256,8 @@ class JinaVLMProcessor:
         return sequence
 
     def _text_ids(self, text: str) -> list[int]:
-        ids = self.tokenizer.encode(text, add_special_tokens=False).ids
+        with _tokenizer_errors("the tokenizer cannot encode the text"):
+            ids = self.tokenizer.encode(text, add_special_tokens=False).ids
         forged = next((value for value in ids if value >= self._first_image_id), None)
         if forged is not None:
             raise ValueError(
@@ -323,19 +326,33 @@ def _read_template(path: Path) -> str | None:
         raise ValueError(f"{path}: not a template ({reason(error)})") from None
 
 
+@contextmanager
+def _tokenizer_errors(message: str) -> Iterator[None]:
+    """What goes wrong in the tokenizers library as `ValueError`: it raises bare `Exception`, and on some damaged files
+    panics, which arrives as something that is not even one."""
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise ValueError(f"{message} ({reason(error)})") from error
+
+
 def _own_copy(tokenizer: Tokenizer | str | os.PathLike[str]) -> Tokenizer:
     """A tokenizer of our own that treats special tokens as text and neither cuts nor pads."""
     if isinstance(tokenizer, Tokenizer):
-        own = Tokenizer.from_str(tokenizer.to_str())
+        with _tokenizer_errors("tokenizer: the tokenizers library cannot read what it writes of it"):
+            own = Tokenizer.from_str(tokenizer.to_str())
     else:
         path = Path(tokenizer)
         try:
-            own = Tokenizer.from_buffer(read_regular(path, _MOST_TOKENIZER_BYTES))
+            content = read_regular(path, _MOST_TOKENIZER_BYTES)
         except FileNotFoundError:
             raise FileNotFoundError(f"{path}: no such file; a tokenizer.json is needed") from None
-        except Exception as error:
-            # the rust side raises bare Exception
-            raise ValueError(f"{path}: not a tokenizer.json ({reason(error)})") from error
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{path}: not a tokenizer.json ({reason(error)})") from None
+        with _tokenizer_errors(f"{path}: not a tokenizer.json"):
+            own = Tokenizer.from_buffer(content)
     own.encode_special_tokens = True
     own.no_truncation()
     own.no_padding()
