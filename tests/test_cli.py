@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -167,13 +169,124 @@ def test_bad_checkpoints(capsys, photo, tmp_path, checkpoint):
         ["tokens", "a.png", "--max-crops", "-1"],
         ["demo", "--size", "huge"],
         ["demo", "--max-new-tokens", "-1"],
+        ["tokens", "a.png", "b\nc.png"],
+        ["info", "--tiles", "3"],
+        ["aot", "--arch", "75"],
     ],
 )
 def test_bad_arguments(capsys, arguments):
+    assert_argument_refused(capsys, arguments)
+
+
+def assert_argument_refused(capsys, arguments):
     with pytest.raises(SystemExit) as stop:
         main(arguments)
-    assert stop.value.code == 2
-    assert capsys.readouterr().out == ""
+    captured = capsys.readouterr()
+    assert stop.value.code == 2 and captured.out == ""
+    assert captured.err.startswith("vlmkern: error: ") and len(captured.err.splitlines()) == 1
+    assert len(captured.err) < 350
+
+
+NUMBERS = (
+    ("efficiency", "--tiles"),
+    ("efficiency", "--sweep"),
+    ("tokens", "a.png", "--max-crops"),
+    ("demo", "--max-new-tokens"),
+    ("aot", "--arch"),
+)
+
+
+@pytest.mark.parametrize("option", NUMBERS)
+def test_what_is_no_number(capsys, option):
+    for value in ("", "-1", "1.5", "1e3", "nan", "inf", "0x10", "three", "-" + "9" * 5000, "9" * 5000):
+        assert_argument_refused(capsys, [*option, value])
+
+
+@pytest.mark.parametrize("option", NUMBERS[:3])
+def test_numbers_of_tiles_that_cannot_be(capsys, option):
+    for value in ("0", "257", "100000", "1000000000", "1" + "0" * 30):
+        assert_argument_refused(capsys, [*option, value])
+
+
+@pytest.mark.parametrize("value", ["256", "+12", " 7 "])
+def test_numbers_of_tiles_at_the_limits(capsys, photo, value):
+    assert run(capsys, "tokens", photo, "--max-crops", value)[0] == 0
+
+
+def assert_refused(result, *parts):
+    status, out, err = result
+    assert status == 2 and out == "" and len(err.splitlines()) == 1 and err.startswith("vlmkern: error: "), err
+    for part in parts:
+        assert part in err
+
+
+def test_more_new_tokens_than_the_model_can_read(capsys, photo, checkpoint, tmp_path):
+    for more in ((), ("--checkpoint", str(checkpoint))):
+        for number in ("40960", "9" * 30):
+            options = ("--size", "tiny", *more, "--max-new-tokens", number, "--report", str(tmp_path / "out"))
+            assert_refused(run(capsys, "demo", photo, *options), "--max-new-tokens: got", "expected at most 401")
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "directory", "missing", "empty name", "huge"])
+@pytest.mark.parametrize("command", ["tokens", "demo"])
+def test_images_that_are_no_files(capsys, tmp_path, kind, command):
+    path = {"device": Path("/dev/zero"), "directory": tmp_path, "empty name": ""}.get(kind, tmp_path / "image.png")
+    if kind == "pipe":
+        os.mkfifo(path)
+    if kind == "huge":
+        with path.open("wb") as stream:
+            stream.truncate(1 << 40)
+    options = ["--size", "tiny", "--report", str(tmp_path / "out")] if command == "demo" else []
+    expected = {"pipe": "not a regular file", "device": "not a regular file", "directory": "is a directory"}
+    expected |= {"huge": "1099511627776 bytes, more than a picture"}
+    assert_refused(run(capsys, command, str(path), *options), expected.get(kind, "no such file"))
+
+
+@pytest.mark.parametrize("kind", ["file", "under a file", "picture is a directory", "figures are a pipe"])
+def test_reports_that_cannot_be_written(capsys, photo, tmp_path, kind):
+    report = tmp_path / "out"
+    if kind in ("file", "under a file"):
+        report.touch()
+    else:
+        report.mkdir()
+    if kind == "under a file":
+        report /= "below"
+    elif kind == "picture is a directory":
+        (report / "tiling.png").mkdir()
+    elif kind == "figures are a pipe":
+        os.mkfifo(report / "demo.json")
+    assert_refused(run(capsys, "demo", photo, "--size", "tiny", "--report", str(report)), str(report))
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "preprocessor_config.json", "chat_template.jinja"])
+@pytest.mark.parametrize("kind", ["pipe", "device", "directory", "text", "nested"])
+def test_checkpoints_of_files_that_are_none(capsys, photo, checkpoint, tmp_path, name, kind):
+    directory = tmp_path / "checkpoint"
+    shutil.copytree(checkpoint, directory)
+    path = directory / name
+    path.unlink(missing_ok=True)
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    elif kind == "directory":
+        path.mkdir()
+    else:
+        path.write_bytes(b"\xff{" if kind == "text" else b'{"a":{{' * 100_000)
+    result = run(capsys, "demo", photo, "--checkpoint", str(directory), "--report", str(tmp_path / "out"))
+    assert_refused(result, "template" if name.endswith("jinja") else str(path))
+
+
+@pytest.mark.parametrize("command", ["aot", "tune"])
+def test_kernels_that_there_are_none_of(capsys, monkeypatch, command):
+    pytest.importorskip("triton")
+    monkeypatch.setattr("vlmkern.tune.device_arch", lambda: 90)
+    assert_refused(run(capsys, command, "--kernel", "none"), "--kernel: got 'none'")
+
+
+def test_an_empty_checkpoint_name_is_not_taken_for_none(capsys, photo, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert_refused(run(capsys, "demo", photo, "--checkpoint", "", "--report", "out"), "no config.json")
 
 
 def test_as_a_program(photo):

@@ -20,6 +20,7 @@ from vlmkern.efficiency import (
     sweep_rows,
     token_layout,
 )
+from vlmkern.models.jina_vlm.tiling import MAX_TILES
 
 SIZES = Sizes()
 TILES = st.integers(min_value=1, max_value=60)
@@ -196,9 +197,10 @@ def test_pooling_always_saves_and_conventions_agree_on_the_unpooled_prefill(tile
     assert rows["released", "total_flops"]["unpooled"] < rows["exact", "total_flops"]["unpooled"]
 
 
-@pytest.mark.parametrize("tiles", [0, -1, 2.0, "12", None, True])
-def test_tiles_must_be_a_positive_int(tiles):
-    for call in (efficiency_rows, formulas.most_square_grid):
+@pytest.mark.parametrize("tiles", [0, -1, 257, 10**9, 10**30, 2.0, float("nan"), "12", None, True])
+def test_tiles_must_be_an_int_that_the_processor_can_make(tiles):
+    assert formulas.MOST_TILES == MAX_TILES
+    for call in (efficiency_rows, sweep_rows, formulas.most_square_grid):
         with pytest.raises(ValueError, match="tiles"):
             call(tiles)
 
@@ -242,7 +244,7 @@ def test_sweep_repeats_the_rows_of_each_count():
     rows = sweep_rows(13)
     assert [row["tiles"] for row in rows] == [tiles for tiles in range(1, 14) for _ in QUANTITIES]
     assert {key: value for key, value in rows[-5].items() if key != "tiles"} == efficiency_rows(12, measure=False)[11]
-    with pytest.raises(ValueError, match="at least 1"):
+    with pytest.raises(ValueError, match="from 1 to 256"):
         sweep_rows(0)
 
 

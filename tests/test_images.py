@@ -331,3 +331,37 @@ def test_empty_pil_images_are_refused():
 def test_fixture_images_are_readable():
     for path in sorted((Path(__file__).parent / "data").glob("improc_*.png")):
         assert "{}x{}".format(*load_image(path).size) in path.name
+
+
+def test_files_larger_than_the_picture_they_may_hold_are_not_read(picture, tmp_path):
+    path = tmp_path / "long.png"
+    path.write_bytes(encoded(picture, "PNG"))
+    with path.open("r+b") as stream:
+        stream.truncate(1 << 40)
+    with pytest.raises(ImageError, match=r"long\.png: holds 1099511627776 bytes, more than a picture of 126"):
+        load_image(path, max_pixels=126)
+    assert load_image(path, max_pixels=None).size == picture.size
+
+
+def test_links_to_devices_are_refused(tmp_path):
+    (tmp_path / "zero.png").symlink_to("/dev/zero")
+    with pytest.raises(ImageError, match=r"zero\.png: cannot be read \(is not a regular file\)"):
+        load_image(tmp_path / "zero.png")
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize("file_format", ["PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "TGA", "ICO", "PCX"])
+def test_mutated_files(picture, file_format, tmp_path):
+    """Bytes of a good file changed at random: a picture, or one line that names the file."""
+    data = encoded(picture.resize((40, 30)), file_format)
+    rng, path = np.random.default_rng(1), tmp_path / "mutated.bin"
+    for case in range(60):
+        damaged = bytearray(data)
+        for _ in range(rng.integers(1, 5)):
+            # most of what can go wrong is said in the first bytes
+            damaged[rng.integers(min(len(data), 64) if case % 2 else len(data))] = rng.choice([0, 1, 127, 128, 255])
+        path.write_bytes(damaged[: len(damaged) if case % 3 else rng.integers(1, len(damaged))])
+        try:
+            assert load_image(path).mode == "RGB"
+        except ImageError as error:
+            assert "mutated.bin: " in str(error) and "\n" not in str(error)

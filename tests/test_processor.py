@@ -1,6 +1,9 @@
 """The processor: where picture blocks land, how batches are padded, and that text never becomes a token."""
 
 import json
+import os
+import random
+import re
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -388,3 +391,99 @@ def test_released_ids_are_the_default():
     batch = processor("<|image|>", picture())
     assert batch["input_ids"][0, :3].tolist() == [151643, 151936, 151938]
     assert batch["input_ids"].shape == (1, 425)
+
+
+@pytest.fixture
+def directory(tmp_path):
+    make_tokenizer().save(str(tmp_path / "tokenizer.json"))
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "name", ["tokenizer.json", "preprocessor_config.json", "processor_config.json", "chat_template.jinja"]
+)
+@pytest.mark.parametrize("kind", ["pipe", "device", "directory", "huge", "not UTF-8"])
+def test_checkpoint_files_that_are_none(directory, name, kind):
+    path = directory / name
+    path.unlink(missing_ok=True)
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    elif kind == "directory":
+        path.mkdir()
+    elif kind == "huge":
+        with path.open("wb") as stream:
+            stream.truncate(1 << 40)
+    else:
+        path.write_bytes(b'{"a": "\xff"}')
+    with pytest.raises(ValueError, match=re.escape(str(path))) as caught:
+        JinaVLMProcessor.from_pretrained(directory)
+    reasons = {"directory": "is a directory", "huge": "expected at most", "not UTF-8": "utf-8|not a tokenizer"}
+    assert re.search(reasons.get(kind, "not a regular file"), str(caught.value))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("preprocessor_config.json", {"max_crops": "12"}, "max_crops must be an integer from 1 to 256, got '12'"),
+        ("preprocessor_config.json", {"base_input_size": 14 * 10**8}, "base_size must be small enough"),
+        (
+            "preprocessor_config.json",
+            {"min_pixels": 10**12, "max_pixels": 10**12},
+            "min_pixels must be an integer",
+        ),
+        ("preprocessor_config.json", {"im_start_token_id": 2**63}, "im_start_token_id must be an integer from 0"),
+        ("preprocessor_config.json", {"interpolation": "x" * 10_000}, "interpolation must be 'bilinear'"),
+        ("preprocessor_config.json", {"overlap_margins": [[4], 4]}, "overlap_margins"),
+        ("processor_config.json", {"always_start_with_space": "false"}, "must be true or false, got 'false'"),
+        ("processor_config.json", {"always_start_with_space": [1]}, r"must be true or false, got \[1\]"),
+    ],
+)
+def test_settings_that_are_refused_name_the_file(directory, name, content, message):
+    (directory / name).write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=f"{re.escape(str(directory / name))}: .*{message}") as caught:
+        JinaVLMProcessor.from_pretrained(directory)
+    assert len(str(caught.value)) < 600
+
+
+def test_arguments_that_win_over_the_file_are_named_beside_it(directory):
+    (directory / "preprocessor_config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"preprocessor_config\.json with max_crops given: max_crops must be"):
+        JinaVLMProcessor.from_pretrained(directory, max_crops=0)
+
+
+def test_mutated_files(directory):
+    """Bytes of a good checkpoint's files changed at random: each loads or is refused by its name."""
+    (directory / "preprocessor_config.json").write_text(json.dumps({"do_resize": True, "max_crops": 9, "pooling_h": 2}))
+    (directory / "processor_config.json").write_text(json.dumps({"always_start_with_space": False}))
+    whole = {path: path.read_bytes() for path in sorted(directory.iterdir())}
+    rng, refused = random.Random(0), 0
+    for path, content in whole.items():
+        for _ in range(100):
+            damaged = bytearray(content)
+            for _ in range(rng.randint(1, 3)):
+                damaged[rng.randrange(len(damaged))] = rng.choice(b'0123456789-eE.,:"[]{} ntfx\\\xff')
+            path.write_bytes(damaged[: rng.choice([len(damaged), rng.randrange(len(damaged))])])
+            try:
+                JinaVLMProcessor.from_pretrained(directory)
+            except ValueError as error:
+                assert str(path) in str(error) and "\n" not in str(error) and len(str(error)) < 800
+                refused += 1
+        path.write_bytes(content)
+    assert 100 < refused < 300
+
+
+def test_tokenizer_files_on_which_the_library_panics(tmp_path):
+    tokenizer = json.loads(Tokenizer(models.BPE({"a": 0, "b": 1, "ab": 2}, [("a", "b")])).to_str())
+    # longer than any token that it should be cut from
+    tokenizer["model"]["continuing_subword_prefix"] = "##"
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(ValueError, match=r"tokenizer\.json: not a tokenizer\.json \("):
+        JinaVLMProcessor.from_pretrained(tmp_path)
+
+
+def test_text_that_the_tokenizer_has_no_ids_for():
+    processor = make_processor(Tokenizer(models.WordPiece({"a": 0}, unk_token="[UNK]")))
+    with pytest.raises(ValueError, match=r"the tokenizer cannot encode the text \(.*UNK"):
+        processor("b")

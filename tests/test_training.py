@@ -142,3 +142,66 @@ def test_recipe_says_what_is_wrong():
         make_optimizer(model, 10, PAPER | {"decoder": PAPER["decoder"]._replace(warmup=2)})
     with pytest.raises(ValueError, match="all frozen"):
         make_optimizer(model.requires_grad_(False), 10)
+
+
+def no_windows(config, tiles):
+    """Inputs of a text whose picture is padding: every crop blank, every window dropped."""
+    vision = config.vision
+    return {
+        "input_ids": torch.tensor([[1, 2, 3, 4]]),
+        "crops": torch.full((1, tiles, vision.num_patches, vision.patch_dim), -1.0),
+        "image_masks": torch.full((1, tiles, vision.num_patches), -1.0),
+        "image_input_idx": torch.full((1, tiles, config.windows_per_crop), -10_000),
+    }
+
+
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+@pytest.mark.parametrize("tiles", [0, 1, 3])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_batch_without_windows_trains_the_decoder_as_its_text_alone(backend, tiles, autocast):
+    config = colours.tiny_config()
+    padded, plain = JinaVLM.random(config), JinaVLM.random(config)
+    inputs = no_windows(config, tiles)
+    with use_backend(backend), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        losses = [padded(**inputs).square().mean(), plain(inputs["input_ids"]).square().mean()]
+    for loss in losses:
+        loss.backward()
+    assert torch.equal(*losses)
+    for (name, actual), (_, expected) in zip(padded.named_parameters(), plain.named_parameters(), strict=True):
+        if "vision_model" not in name:
+            torch.testing.assert_close(actual.grad, expected.grad, rtol=0, atol=0, msg=name)
+        elif "post_lnorm" not in name:
+            # zeros and not None: processes that train together wait for every parameter's gradient
+            assert actual.grad.abs().max() == 0, name
+    optimizer, _ = make_optimizer(padded, 1)
+    optimizer.step()
+    assert all(p.isfinite().all() for p in padded.parameters())
+
+
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+@pytest.mark.parametrize("indexed", [False, True])
+def test_gradients_of_no_tiles(backend, indexed):
+    config = colours.tiny_config()
+    model, inputs = JinaVLM.random(config), no_windows(config, 0)
+    with use_backend(backend):
+        rows = model.encode_images(
+            inputs["crops"], inputs["image_masks"], inputs["image_input_idx"] if indexed else None
+        )
+        assert rows.shape == (1, 0, config.windows_per_crop, config.text.hidden_size)
+        rows.sum().backward()
+    assert all(p.grad.abs().max() == 0 for p in model.model.vision_model.vl_connector.parameters())
+
+
+def test_a_sequence_without_windows_beside_one_with_a_picture():
+    config = colours.tiny_config()
+    alone, both = JinaVLM.random(config), JinaVLM.random(config)
+    picture = no_windows(config, 2)
+    picture["crops"] = torch.rand(picture["crops"].shape)
+    picture["image_masks"] = torch.ones_like(picture["image_masks"])
+    picture["image_input_idx"][0, 1, :2] = torch.tensor([1, 2])
+    blank = no_windows(config, 2)
+    alone(**picture).square().sum().backward()
+    both(**{name: torch.cat([picture[name], blank[name]]) for name in picture})[0].square().sum().backward()
+    for (name, actual), (_, expected) in zip(both.named_parameters(), alone.named_parameters(), strict=True):
+        if expected.grad is not None:
+            torch.testing.assert_close(actual.grad, expected.grad, rtol=1e-4, atol=1e-5, msg=name)

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import io
 import os
-import stat
 import threading
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias
 
 import numpy as np
 from PIL import ExifTags, Image, ImageFile, ImageOps
+
+from ._files import open_regular, reason
 
 if TYPE_CHECKING:
     import torch
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
 
 DEFAULT_MAX_PIXELS = 89_478_485
 """Most pixels read from a file: Pillow's own warning level, a quarter of a GiB at 24 bits a pixel."""
+
+# four 32-bit channels, and what formats keep beside the pixels: decoders read parts of any size that a file claims
+_MOST_BYTES_PER_PIXEL, _MOST_OTHER_BYTES = 16, 64 << 20
 
 # pillow keeps its bomb limit in a module global, so only one thread at a time may lift it
 _PILLOW_LIMIT_LOCK = threading.Lock()
@@ -95,27 +99,24 @@ def rgb_array(source: ImageSource, *, max_pixels: int | None = DEFAULT_MAX_PIXEL
 
 
 def _load_path(path: str | os.PathLike[str], max_pixels: int | None) -> Image.Image:
-    name = os.fsdecode(path)
+    name = os.fsdecode(path) or "''"
     if name.startswith(("http://", "https://")):
         raise ImageError(f"{name}: addresses are not fetched; download the image and give its path")
     try:
-        status = os.stat(path)
+        stream = open_regular(path)
     except FileNotFoundError:
         raise ImageError(f"{name}: no such file") from None
     except (OSError, ValueError) as error:
-        raise ImageError(f"{name}: cannot be read ({_reason(error)})") from error
-    if stat.S_ISDIR(status.st_mode):
-        raise ImageError(f"{name}: is a directory, not an image file")
-    if not stat.S_ISREG(status.st_mode):
-        # a pipe or a device could block for ever or never end
-        raise ImageError(f"{name}: is not a regular file")
-    if status.st_size == 0:
-        raise ImageError(f"{name}: is empty (0 bytes)")
-    try:
-        stream = open(path, "rb")  # noqa: SIM115
-    except OSError as error:
-        raise ImageError(f"{name}: cannot be read ({_reason(error)})") from error
+        raise ImageError(f"{name}: cannot be read ({reason(error)})") from error
     with stream:
+        size = os.fstat(stream.fileno()).st_size
+        if size == 0:
+            raise ImageError(f"{name}: is empty (0 bytes)")
+        if max_pixels is not None and size > _MOST_BYTES_PER_PIXEL * max_pixels + _MOST_OTHER_BYTES:
+            raise ImageError(
+                f"{name}: holds {size} bytes, more than a picture of {max_pixels} pixels takes; "
+                "pass a larger max_pixels if you trust it"
+            )
         return _decode(_open(stream, name, max_pixels), name, max_pixels)
 
 
@@ -134,13 +135,13 @@ def _open(stream: BinaryIO, name: str, max_pixels: int | None) -> Image.Image:
         raise ImageError(f"{name}: is not an image in a known format") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ImageError(
-            f"{name}: too large for the limit of {max_pixels} pixels ({_reason(error)}); "
+            f"{name}: too large for the limit of {max_pixels} pixels ({reason(error)}); "
             "pass a larger max_pixels if you trust it"
         ) from None
     except MemoryError:
         raise
     except Exception as error:
-        raise ImageError(f"{name}: cannot be decoded ({_reason(error)})") from error
+        raise ImageError(f"{name}: cannot be decoded ({reason(error)})") from error
 
 
 def _open_unlimited(stream: BinaryIO) -> Image.Image:
@@ -169,7 +170,7 @@ def _decode(image: Image.Image, name: str, max_pixels: int | None) -> Image.Imag
         raise
     except Exception as error:
         # decoders raise nearly anything on damaged data: OSError, SyntaxError, struct.error, IndexError, ...
-        raise ImageError(f"{name}: cannot be decoded ({_reason(error)})") from error
+        raise ImageError(f"{name}: cannot be decoded ({reason(error)})") from error
 
 
 def _upright(image: Image.Image) -> Image.Image:
@@ -244,9 +245,3 @@ def _checked_array(source: Any) -> np.ndarray:
 
 def _size(image: Image.Image) -> str:
     return f"{image.width}x{image.height}"
-
-
-def _reason(error: BaseException) -> str:
-    """The error's text on one line, or its type where it has none."""
-    text = getattr(error, "strerror", None) or str(error)
-    return " ".join(text.split()) or type(error).__name__

@@ -5,11 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import reprlib
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from .. import __version__
+from .._files import one_line
+from ..efficiency.formulas import MOST_TILES
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -52,10 +55,15 @@ def _is_bad_input(error: Exception) -> bool:
     return isinstance(error, (ValueError, OSError, BackendUnavailable))
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong with an argument in one line, as all bad input is answered; `--help` shows the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"vlmkern: error: {one_line(message)} (see {self.prog} --help)\n")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="vlmkern", description="Fused kernels for vision-language models: demonstration and reports."
-    )
+    parser = _Parser(prog="vlmkern", description="Fused kernels for vision-language models: demonstration and reports.")
     parser.add_argument("--version", action="version", version=f"vlmkern {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
@@ -84,11 +92,11 @@ def _parser() -> argparse.ArgumentParser:
 
     tokens = add("tokens", _tokens, "Count the tokens a picture takes, without loading a model.")
     tokens.add_argument("image", metavar="IMAGE")
-    tokens.add_argument("--max-crops", type=_positive, default=12, metavar="N", help="most tiles (default: 12)")
+    tokens.add_argument("--max-crops", type=_tiles, default=12, metavar="N", help="most tiles (default: 12)")
 
     efficiency = add("efficiency", _efficiency, "The paper's efficiency table: as published, exact, and as released.")
-    efficiency.add_argument("--tiles", type=_positive, default=12, metavar="N", help="default: 12")
-    efficiency.add_argument("--sweep", type=_positive, metavar="N", help="also the released figures of 1 to N tiles")
+    efficiency.add_argument("--tiles", type=_tiles, default=12, metavar="N", help="default: 12")
+    efficiency.add_argument("--sweep", type=_tiles, metavar="N", help="also the released figures of 1 to N tiles")
 
     aot = add("aot", _aot, "What every Triton kernel compiles to, for a GPU that need not be there.")
     aot.add_argument("--arch", type=int, choices=(80, 90, 100), help="compute capability (default: all)")
@@ -105,17 +113,18 @@ def _count(text: str) -> int:
     return _integer(text, 0)
 
 
-def _positive(text: str) -> int:
-    return _integer(text, 1)
+def _tiles(text: str) -> int:
+    return _integer(text, 1, MOST_TILES)
 
 
-def _integer(text: str, low: int) -> int:
+def _integer(text: str, low: int, high: int | None = None) -> int:
     try:
         value = int(text)
     except ValueError:
         value = low - 1
-    if value < low:
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected an integer of at least {low}")
+    if value < low or (high is not None and value > high):
+        wanted = f"an integer of at least {low}" if high is None else f"an integer from {low} to {high}"
+        raise argparse.ArgumentTypeError(f"got {reprlib.repr(text)}, expected {wanted}")
     return value
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import reprlib
 import resource
 import sys
 import time
@@ -24,6 +26,7 @@ from ..tiling_picture import draw_tiling
 from .accuracy import OpError, SampledInputs
 from .stages import Stage, StageClock
 
+_PICTURE, _FIGURES = "tiling.png", "demo.json"
 _DEFAULT_QUESTION = "Describe this image."
 # stand-ins for a tokenised question: random weights have no tokenizer, and only their number matters
 _TEXT_BEFORE, _TEXT_AFTER = 4, 12
@@ -43,10 +46,11 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     directory."""
     started = time.perf_counter()
     progress = Console(stderr=True)
-    source = options.image or str(resources.files(__package__.rpartition(".")[0]) / "data" / "raccoon.jpg")
+    bundled = resources.files(__package__.rpartition(".")[0]) / "data" / "raccoon.jpg"
+    source = str(bundled) if options.image is None else options.image
     image = load_image(source)
     report_dir = Path(options.report)
-    report_dir.mkdir(parents=True, exist_ok=True)
+    _make_writable(report_dir)
     if options.prompt is not None and options.checkpoint is None:
         progress.print("note: --prompt is not used: random weights have no tokenizer, the prompt is fixed ids")
 
@@ -57,29 +61,35 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         config = _config(options)
         inputs = _prepare(image, options, config, device)
         stage.tokens = inputs.image_tokens
+    new_tokens = options.max_new_tokens
+    if new_tokens is None:
+        new_tokens = 256 if options.checkpoint is not None else 16
+    room = config.text.max_length - inputs.prompt_tokens
+    if new_tokens > room:
+        raise ValueError(
+            f"--max-new-tokens: got {reprlib.repr(new_tokens)}, expected at most {room}, as the model reads "
+            f"{config.text.max_length} tokens and the prompt has {inputs.prompt_tokens}"
+        )
     with (
-        progress.status(f"weights: {'loading' if options.checkpoint else 'random'}"),
+        progress.status(f"weights: {'loading' if options.checkpoint is not None else 'random'}"),
         Stage("weights").timed(stages),
     ):
         model = _model(options, config, device)
 
-    new_tokens = options.max_new_tokens
-    if new_tokens is None:
-        new_tokens = 256 if options.checkpoint else 16
     samples, crops = SampledInputs(model), inputs.model["crops"].shape[1]
     with StageClock(model, progress, new_tokens, inputs.prompt_tokens, crops) as clock, samples:
         new_ids = model.generate(**inputs.model, max_new_tokens=new_tokens, eos_token_id=inputs.eos)
     stages += clock.stages()
     with progress.status("comparing the ops with the float32 reference"):
         errors = samples.op_errors()
-    picture = report_dir / "tiling.png"
+    picture = report_dir / _PICTURE
     draw_tiling(image, _image_processor(options, config, inputs), picture)
 
     report: dict[str, Any] = {
         "image": str(source),
         "width": image.width,
         "height": image.height,
-        "weights": str(options.checkpoint) if options.checkpoint else f"random ({options.size})",
+        "weights": str(options.checkpoint) if options.checkpoint is not None else f"random ({options.size})",
         "parameters": sum(p.numel() for p in model.parameters()),
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": device,
@@ -94,26 +104,37 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         "peak_memory_bytes": _peak_memory(),
         "picture": str(picture),
     }
-    (report_dir / "demo.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    (report_dir / _FIGURES).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     if not options.json:
         _print(report, stages, errors)
     return report
 
 
+def _make_writable(report_dir: Path) -> None:
+    """The report's directory; an error now, and not after minutes, if the report could not be written there."""
+    report_dir.mkdir(parents=True, exist_ok=True)
+    if not os.access(report_dir, os.W_OK | os.X_OK):
+        raise PermissionError(f"--report: {report_dir} cannot be written to")
+    for name in (_PICTURE, _FIGURES):
+        path = report_dir / name
+        if path.exists() and not path.is_file():
+            raise ValueError(f"--report: {path} is not a regular file, expected one to replace or none")
+
+
 def _config(options: argparse.Namespace) -> JinaVLMConfig:
-    if options.checkpoint:
+    if options.checkpoint is not None:
         return JinaVLMConfig.from_pretrained(options.checkpoint)
     return JinaVLMConfig() if options.size == "full" else JinaVLMConfig.tiny()
 
 
 def _model(options: argparse.Namespace, config: JinaVLMConfig, device: str) -> JinaVLM:
-    if options.checkpoint:
+    if options.checkpoint is not None:
         return JinaVLM.from_pretrained(options.checkpoint, dtype=torch.bfloat16, device=device)
     return JinaVLM.random(config, dtype=torch.bfloat16, device=device)
 
 
 def _prepare(image: Any, options: argparse.Namespace, config: JinaVLMConfig, device: str) -> _Inputs:
-    if options.checkpoint:
+    if options.checkpoint is not None:
         processor = JinaVLMProcessor.from_pretrained(options.checkpoint)
         prompt = processor.chat(_DEFAULT_QUESTION if options.prompt is None else options.prompt)
         batch = processor(prompt, image)

@@ -9,6 +9,7 @@ import math
 from dataclasses import dataclass
 
 __all__ = [
+    "MOST_TILES",
     "Sizes",
     "TokenLayout",
     "connector_flops",
@@ -26,6 +27,9 @@ __all__ = [
     "tower_linear_flops",
     "validate_tiles",
 ]
+
+MOST_TILES = 256
+"""Of one image: as many as the image processor cuts at most."""
 
 
 @dataclass(frozen=True)
@@ -99,12 +103,12 @@ class TokenLayout:
 
 
 def validate_tiles(tiles: int) -> int:
-    """Return ``tiles`` unchanged if it is an int of at least 1.
+    """Return ``tiles`` unchanged if it is an int from 1 to ``MOST_TILES``.
 
     Raises ``ValueError`` that names ``tiles`` otherwise; a bool is not taken for a number.
     """
-    if isinstance(tiles, bool) or not isinstance(tiles, int) or tiles < 1:
-        raise ValueError(f"tiles must be an int of at least 1, got {tiles!r}")
+    if isinstance(tiles, bool) or not isinstance(tiles, int) or not 1 <= tiles <= MOST_TILES:
+        raise ValueError(f"tiles must be an int from 1 to {MOST_TILES}, got {tiles!r}")
     return tiles
 
 
@@ -174,7 +178,7 @@ def kv_cache_bytes(sizes: Sizes, tokens: int, kv_heads: int | None = None, bytes
 def most_square_grid(tiles: int) -> tuple[int, int]:
     """The grid (rows, cols) with rows * cols == ``tiles``, rows <= cols and the sides as close as can be.
 
-    Raises ``ValueError`` if ``tiles`` is not an int of at least 1.
+    Raises ``ValueError`` if ``tiles`` is not an int from 1 to ``MOST_TILES``.
     """
     validate_tiles(tiles)
     rows = max(r for r in range(1, math.isqrt(tiles) + 1) if tiles % r == 0)

@@ -45,7 +45,7 @@ def efficiency_rows(tiles: int = 12, sizes: f.Sizes | None = None, *, measure: b
     out): FLOPs counted on the meta device, tokens planned by the processor, caches allocated. Else it is "formula":
     the paper's figures, and totals of pooling 182 windows a crop, which no code does.
 
-    ``sizes`` defaults to the released model. Raises ``ValueError`` if ``tiles`` is not an int of at least 1.
+    ``sizes`` defaults to the released model. Raises ``ValueError`` if ``tiles`` is not an int from 1 to 256.
     Source: paper, Table 1.
     """
     f.validate_tiles(tiles)
@@ -115,7 +115,7 @@ def render(rows: Iterable[Mapping[str, Any]], title: str | None = None) -> Table
 def sweep_rows(most: int, convention: str = "released") -> list[dict[str, Any]]:
     """The rows of one convention for 1 to ``most`` tiles, by the formulas, each with its ``tiles``.
 
-    Raises ``ValueError`` if ``most`` is not an int of at least 1 or there is no such convention.
+    Raises ``ValueError`` if ``most`` is not an int from 1 to 256 or there is no such convention.
     """
     f.validate_tiles(most)
     if convention not in CONVENTIONS:

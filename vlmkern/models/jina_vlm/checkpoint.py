@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import json
 import math
+import os
 import sys
 import warnings
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..._files import open_regular, read_json_object, reason
 from .config import JinaVLMConfig
+from .section import shown
 
 if TYPE_CHECKING:
     from .model import JinaVLM
@@ -26,6 +31,9 @@ if TYPE_CHECKING:
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 _LISTED = 20
+# the released model's 705 tensors take 100 KB
+_MOST_HEADER_BYTES = 16 << 20
+_DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float32, torch.bfloat16, torch.float16, torch.float64)}
 # values drawn at a time: bounds the float32 scratch of a thread to 16 MiB
 _CHUNK = 1 << 22
 
@@ -35,9 +43,10 @@ class CheckpointError(ValueError):
 
 
 def uninitialised(
-    cls: type[JinaVLM], config: JinaVLMConfig | None, dtype: torch.dtype, device: torch.device | str
+    cls: type[JinaVLM], config: JinaVLMConfig | None, dtype: torch.dtype | str, device: torch.device | str
 ) -> JinaVLM:
     """A model whose weights are allocated and not yet set."""
+    dtype = dtype_of(dtype)
     with torch.device("meta"):
         model = cls(config)
     model = model.to(dtype).to_empty(device=device)
@@ -100,15 +109,29 @@ def _distribution(name: str, parameter: Tensor) -> tuple[float, float]:
     return 0.0, parameter.shape[1] ** -0.5
 
 
-def load(cls: type[JinaVLM], directory: Path, dtype: torch.dtype | None, device: torch.device | str) -> JinaVLM:
+def dtype_of(dtype: torch.dtype | str) -> torch.dtype:
+    """A dtype that weights can have, given as such or by name, with or without "torch.".
+
+    Raises:
+        TypeError: neither a dtype nor a name.
+        ValueError: another dtype.
+    """
+    if not isinstance(dtype, (torch.dtype, str)):
+        raise TypeError(f"dtype: got {type(dtype).__name__}, expected a torch.dtype or one of {', '.join(_DTYPES)}")
+    name = str(dtype).removeprefix("torch.")
+    if name not in _DTYPES:
+        raise ValueError(f"dtype: got {name[:80]!r}, expected one of {', '.join(_DTYPES)}")
+    return _DTYPES[name]
+
+
+def load(cls: type[JinaVLM], directory: Path, dtype: torch.dtype | str | None, device: torch.device | str) -> JinaVLM:
     """See `JinaVLM.from_pretrained`."""
+    wanted = None if dtype is None else dtype_of(dtype)
     config = JinaVLMConfig.from_pretrained(directory)
     files = _weight_files(directory)
-    shapes, stored_dtype = _inventory(files)
-    with torch.device("meta"):
-        expected = {name: tuple(t.shape) for name, t in cls(config).state_dict().items()}
-    _compare(directory, expected, {name: shape for name, (_, shape) in shapes.items()})
-    model = uninitialised(cls, config, dtype or stored_dtype, device)
+    found, stored_dtype = _inventory(files)
+    _compare(directory, _expected_shapes(cls, config, directory, found), found)
+    model = uninitialised(cls, config, wanted or stored_dtype, device)
     state, not_finite = model.state_dict(), []
     with torch.no_grad():
         for name, tensor in _tensors(files):
@@ -133,20 +156,14 @@ def save(model: JinaVLM, directory: Path) -> None:
 
 def _weight_files(directory: Path) -> list[Path]:
     index = directory / _INDEX
-    if index.exists():
-        try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-            raise CheckpointError(f"{index}: not a safetensors index ({error!r})") from None
-        outside = [name for name in names if Path(name).name != name]
-        if outside:
-            raise CheckpointError(f"{index}: got files outside the directory: {_listed(outside)}")
+    if os.path.exists(index):
+        names = _indexed_names(index)
         files = [directory / name for name in names]
-        absent = [file.name for file in files if not file.exists()]
+        absent = [file.name for file in files if not os.path.exists(file)]
         if absent:
             raise CheckpointError(f"{directory}: files named by {_INDEX} are missing: {_listed(absent)}")
         return files
-    if (directory / _SINGLE).exists():
+    if os.path.exists(directory / _SINGLE):
         return [directory / _SINGLE]
     files = sorted(directory.glob("*.safetensors"))
     if files:
@@ -159,17 +176,43 @@ def _weight_files(directory: Path) -> list[Path]:
     raise CheckpointError(f"{directory}: no *.safetensors there, expected {_SINGLE} or {_INDEX}")
 
 
-def _inventory(files: list[Path]) -> tuple[dict[str, tuple[Path, tuple[int, ...]]], torch.dtype]:
-    """Where each tensor is and its shape, from the headers alone; and the dtype that most tensors have."""
-    found: dict[str, tuple[Path, tuple[int, ...]]] = {}
+def _indexed_names(index: Path) -> list[str]:
+    """The files that an index names, each a plain name."""
+    try:
+        weight_map = read_json_object(index).get("weight_map")
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{index}: not a safetensors index ({reason(error)})") from None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(
+            f"{index}: not a safetensors index (weight_map: got {shown(weight_map)}, expected files by tensor name)"
+        )
+    for tensor, name in weight_map.items():
+        if not isinstance(name, str):
+            raise CheckpointError(
+                f"{index}: not a safetensors index (weight_map[{shown(tensor)}]: got {shown(name)}, "
+                "expected a file name)"
+            )
+    names = sorted(set(weight_map.values()))
+    outside = [name for name in names if not name.endswith(".safetensors") or Path(name).name != name]
+    if outside:
+        raise CheckpointError(f"{index}: got files outside the directory, or not *.safetensors: {_listed(outside)}")
+    return names
+
+
+def _inventory(files: list[Path]) -> tuple[dict[str, tuple[int, ...]], torch.dtype]:
+    """Each tensor's shape, from the headers alone; and the dtype that most tensors have."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    places: dict[str, Path] = {}
     dtypes: dict[str, int] = {}
     for file in files:
         with _open(file) as handle:
             for name in handle.keys():  # noqa: SIM118 (not a mapping)
-                if name in found:
-                    raise CheckpointError(f"{name}: stored twice, in {found[name][0].name} and {file.name}")
+                if name in places:
+                    raise CheckpointError(
+                        f"{shown(name)}: stored twice, in {places[name].name} and {file.name} of {file.parent}"
+                    )
                 part = handle.get_slice(name)
-                found[name] = (file, tuple(part.get_shape()))
+                places[name], shapes[name] = file, tuple(part.get_shape())
                 dtypes[part.get_dtype()] = dtypes.get(part.get_dtype(), 0) + 1
     names = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
     unknown = sorted(set(dtypes) - set(names))
@@ -177,7 +220,40 @@ def _inventory(files: list[Path]) -> tuple[dict[str, tuple[Path, tuple[int, ...]
         raise CheckpointError(
             f"{files[0].parent}: got tensors of dtype {_listed(unknown)}, expected {_listed(list(names))}"
         )
-    return found, names[max(dtypes, key=dtypes.__getitem__)] if dtypes else torch.float32
+    return shapes, names[max(dtypes, key=dtypes.__getitem__)] if dtypes else torch.float32
+
+
+def _expected_shapes(
+    cls: type[JinaVLM], config: JinaVLMConfig, directory: Path, found: dict[str, tuple[int, ...]]
+) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the model's tensors. What a config asks for is not built before it is known to be of the
+    size of what the files hold: a block of each kind stands for all of them."""
+    prefixes = {"vision_model": config.vision.num_layers, "language_model": config.text.num_layers}
+    for part, count in prefixes.items():
+        if count > len(found):
+            raise CheckpointError(
+                f"{directory}: tensors do not match the config: it has n_layers {count} for the {part}, "
+                f"the files hold {len(found)} tensors in all"
+            )
+    one_block = dataclasses.replace(
+        config,
+        vision=dataclasses.replace(
+            config.vision, num_layers=1, feature_layers=(0,) * len(config.vision.feature_layers)
+        ),
+        text=dataclasses.replace(config.text, num_layers=1),
+    )
+    with torch.device("meta"):
+        small = {name: tuple(t.shape) for name, t in cls(one_block).state_dict().items()}
+    expected = {}
+    for name, shape in small.items():
+        part = name.split(".")[1]
+        block = f"model.{part}.layers."
+        if name.startswith(block):
+            rest = name.removeprefix(block + "0")
+            expected |= {f"{block}{i}{rest}": shape for i in range(prefixes[part])}
+        else:
+            expected[name] = shape
+    return expected
 
 
 def _compare(directory: Path, expected: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]]) -> None:
@@ -206,13 +282,25 @@ def _tensors(files: list[Path]) -> Iterator[tuple[str, Tensor]]:
                 yield name, handle.get_tensor(name)
 
 
-def _open(file: Path):
+@contextmanager
+def _open(file: Path) -> Iterator[Any]:
+    """The file's header and tensors; `CheckpointError` where it is no safetensors file, also if a tensor shows it."""
     try:
-        return safe_open(file, framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{file}: not a readable safetensors file ({error})") from None
+        with open_regular(file) as stream:
+            # the library itself would wait for a pipe, and read any header that fits into 100 MB
+            header = int.from_bytes(stream.read(8), "little")
+        if header > _MOST_HEADER_BYTES:
+            raise ValueError(f"header of {header} bytes, expected at most {_MOST_HEADER_BYTES}")
+        with safe_open(file, framework="pt") as handle:
+            yield handle
+    except (SafetensorError, OSError, ValueError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{file}: not a readable safetensors file ({reason(error)})") from None
 
 
 def _listed(names: list[str]) -> str:
     rest = len(names) - _LISTED
-    return ", ".join(names[:_LISTED]) + (f" and {rest} more" if rest > 0 else "")
+    return ", ".join(name if len(name) <= 200 else f"{name[:200]}..." for name in names[:_LISTED]) + (
+        f" and {rest} more" if rest > 0 else ""
+    )

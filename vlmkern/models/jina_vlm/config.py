@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..._files import read_json_object, reason
 from ...ops._windows import windows_per_tile
-
-
-class ConfigError(ValueError):
-    """A configuration is missing a key, or asks for something this implementation does not do."""
+from .section import LARGEST_SIZE, ConfigError, Section, shown
 
 
 @dataclass(frozen=True)
@@ -91,6 +89,7 @@ class JinaVLMConfig:
     eos_token_id: int | tuple[int, ...] = 151643
 
     def __post_init__(self) -> None:
+        self._check_sizes()
         v, t = self.vision, self.text
         if v.image_size[0] % v.patch_size or v.image_size[1] % v.patch_size:
             raise ConfigError(
@@ -109,6 +108,58 @@ class JinaVLMConfig:
         if t.num_heads % t.num_kv_heads:
             raise ConfigError(
                 f"text_config n_heads: got {t.num_heads}, expected a multiple of n_kv_heads {t.num_kv_heads}"
+            )
+        if t.head_dim % 2:
+            raise ConfigError(f"text_config head_dim: got {t.head_dim}, expected an even number (pairs rotate)")
+        for side, window, patches in zip("hw", self.connector.window, v.grid, strict=True):
+            if window > patches:
+                raise ConfigError(
+                    f"vl_connector_config.pooling_{side}: got {window}, expected at most the crop's {patches} patches"
+                )
+
+    def _check_sizes(self) -> None:
+        """Sizes, and the products that are sizes of tensors, are positive and leave room for arithmetic on them."""
+        v, c, t = self.vision, self.connector, self.text
+        sizes: dict[str, int] = {
+            "vision_config.hidden_size": v.hidden_size,
+            "vision_config.n_layers": v.num_layers,
+            "vision_config.input_size[0]": v.image_size[0],
+            "vision_config.input_size[1]": v.image_size[1],
+            "vision_config.patch_size": v.patch_size,
+            "vision_config.n_channels": v.num_channels,
+            "vision_config n_heads": v.num_heads,
+            "vision_config head_dim": v.head_dim,
+            "vision_config ffn size": v.mlp_size,
+            "vision_config.output_size": c.output_size,
+            "vl_connector_config n_heads": c.num_heads,
+            "vl_connector_config head_dim": c.head_dim,
+            "vl_connector_config.pooling_h": c.window[0],
+            "vl_connector_config.pooling_w": c.window[1],
+            "vl_connector_config projector size": c.mlp_size,
+            "text_config.hidden_size": t.hidden_size,
+            "text_config.n_layers": t.num_layers,
+            "text_config.vocab_size": t.vocab_size,
+            "text_config.additional_vocab_size": t.additional_vocab_size,
+            "text_config n_heads": t.num_heads,
+            "text_config n_kv_heads": t.num_kv_heads,
+            "text_config head_dim": t.head_dim,
+            "text_config ffn size": t.mlp_size,
+            "text_config.max_sequence_length": t.max_length,
+        }
+        products: dict[str, tuple[int, ...]] = {
+            "vision_config n_heads * head_dim": (v.num_heads, v.head_dim),
+            "vision_config.patch_size ** 2 * n_channels": (v.patch_size, v.patch_size, v.num_channels),
+            "vision_config hidden_size * vit_layers": (v.hidden_size, len(v.feature_layers)),
+            "vl_connector_config n_heads * head_dim": (c.num_heads, c.head_dim),
+            "text_config n_heads * head_dim": (t.num_heads, t.head_dim),
+        }
+        for name, size in (sizes | {name: math.prod(factors) for name, factors in products.items()}).items():
+            if not 1 <= size <= LARGEST_SIZE:
+                raise ConfigError(f"{name}: got {shown(size)}, expected a size from 1 to {LARGEST_SIZE}")
+        if v.num_patches > LARGEST_SIZE:
+            raise ConfigError(
+                f"vision_config.input_size: got {v.image_size}, which is {v.num_patches} patches, "
+                f"expected at most {LARGEST_SIZE}"
             )
 
     @property
@@ -141,16 +192,20 @@ class JinaVLMConfig:
         """Reads `config.json` of a checkpoint directory.
 
         Raises:
-            ConfigError: the file is missing, is not JSON, or does not describe a jina-vlm.
+            ConfigError: the file is missing, is not JSON, or does not describe a jina-vlm; it names the file.
         """
-        path = Path(directory) / "config.json"
+        directory = Path(directory)
+        path = directory / "config.json"
         try:
-            layout = json.loads(path.read_text(encoding="utf-8"))
+            layout = read_json_object(path)
         except FileNotFoundError:
             raise ConfigError(f"{directory}: no config.json there, expected a jina-vlm checkpoint directory") from None
         except (OSError, ValueError) as error:
-            raise ConfigError(f"{path}: cannot be read as JSON ({error})") from None
-        return cls.from_dict(layout)
+            raise ConfigError(f"{path}: cannot be read as JSON ({reason(error)})") from None
+        try:
+            return cls.from_dict(layout)
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}") from None
 
     @classmethod
     def from_dict(cls, layout: Mapping[str, Any]) -> JinaVLMConfig:
@@ -160,16 +215,15 @@ class JinaVLMConfig:
             ConfigError: a key is missing, has the wrong type, or asks for a variant that this
                 implementation does not have (it names the key, its value and what is expected).
         """
-        root = _Section("", layout)
+        root = Section("", layout)
         root.require("model_type", "jvlm", default="jvlm")
         root.require("tie_word_embeddings", False, default=False)
-        eos = root.get("eos_token_id", cls.eos_token_id)
         return cls(
             vision=_read_vision(root.section("vision_config")),
             connector=_read_connector(root.section("vision_config")),
             text=_read_text(root.section("text_config")),
-            bos_token_id=root.get("bos_token_id", cls.bos_token_id),
-            eos_token_id=tuple(eos) if isinstance(eos, list) else eos,
+            bos_token_id=root.token_id("bos_token_id", cls.bos_token_id),
+            eos_token_id=root.token_ids("eos_token_id", cls.eos_token_id),
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -257,7 +311,7 @@ class JinaVLMConfig:
                         "q_lnorm": True,
                         "k_lnorm": True,
                         "qkv_lnorm_on_heads": True,
-                        "lnorm_config": rms_norm,
+                        "lnorm_config": dict(rms_norm),
                     },
                     "ffn_config": {
                         "activation_type": "silu",
@@ -270,60 +324,7 @@ class JinaVLMConfig:
         }
 
 
-_MISSING = object()
-
-
-class _Section:
-    """One level of the layout; errors carry the dotted path of the key."""
-
-    def __init__(self, path: str, values: Mapping[str, Any]) -> None:
-        if not isinstance(values, Mapping):
-            raise ConfigError(f"{path or 'config'}: got {type(values).__name__}, expected an object")
-        self._path, self._values = path, values
-
-    def _name(self, key: str) -> str:
-        return f"{self._path}.{key}" if self._path else key
-
-    def section(self, key: str) -> _Section:
-        return _Section(self._name(key), self.get(key))
-
-    def get(self, key: str, default: Any = _MISSING) -> Any:
-        value = self._values.get(key)
-        if value is not None:
-            return value
-        if default is _MISSING:
-            raise ConfigError(f"{self._name(key)}: missing from the config")
-        return default
-
-    def integer(self, key: str, default: Any = _MISSING) -> int:
-        value = self.get(key, default)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ConfigError(f"{self._name(key)}: got {value!r}, expected a positive integer")
-        return value
-
-    def number(self, key: str, default: Any = _MISSING) -> float:
-        value = self.get(key, default)
-        if not isinstance(value, (int, float)) or isinstance(value, bool) or value <= 0:
-            raise ConfigError(f"{self._name(key)}: got {value!r}, expected a positive number")
-        return float(value)
-
-    def integers(self, key: str) -> tuple[int, ...]:
-        value = self.get(key)
-        if not isinstance(value, (list, tuple)) or not value or not all(type(i) is int for i in value):
-            raise ConfigError(f"{self._name(key)}: got {value!r}, expected a list of integers")
-        return tuple(value)
-
-    def require(self, key: str, *expected: Any, default: Any) -> None:
-        """The key, or its default where absent, must have one of the values that are implemented."""
-        value = self.get(key, default)
-        if value not in expected:
-            raise ConfigError(f"{self._name(key)}: got {value!r}, expected {' or '.join(map(repr, expected))}")
-
-    def mlp_size(self, hidden_size: int) -> int:
-        return self.integer("size", default=int(self.get("ratio", 4) * hidden_size))
-
-
-def _read_vision(section: _Section) -> VisionConfig:
+def _read_vision(section: Section) -> VisionConfig:
     for key, expected in (
         ("linear_patch_embedding", True),
         ("patch_embedding_bias", True),
@@ -343,7 +344,8 @@ def _read_vision(section: _Section) -> VisionConfig:
         block.section("lnorm_config"),
     )
     _require_plain_attention(attention)
-    norm.require("type", "default", default="default")
+    for key, expected in (("type", "default"), ("with_affine", True), ("bias", True)):
+        norm.require(key, expected, default=expected)
     mlp.require("activation_type", "gelu_pytorch_tanh", default="gelu_pytorch_tanh")
     mlp.require("gated_activation", False, default=False)
     mlp.require("bias", True, default=True)
@@ -357,12 +359,12 @@ def _read_vision(section: _Section) -> VisionConfig:
         num_heads=attention.integer("n_heads"),
         head_dim=attention.integer("head_dim"),
         mlp_size=mlp.mlp_size(hidden_size),
-        norm_eps=norm.number("eps", 1e-6),
+        norm_eps=norm.eps(),
         feature_layers=section.integers("vit_layers"),
     )
 
 
-def _read_connector(vision: _Section) -> ConnectorConfig:
+def _read_connector(vision: Section) -> ConnectorConfig:
     section = vision.section("vl_connector_config")
     section.require("pooling_type", "attention_meanq", default="attention_meanq")
     section.require("padding_embed_type", "pad_and_partial_pad", default="pad_and_partial_pad")
@@ -381,7 +383,7 @@ def _read_connector(vision: _Section) -> ConnectorConfig:
     )
 
 
-def _require_plain_attention(section: _Section) -> None:
+def _require_plain_attention(section: Section) -> None:
     for key in ("q_bias", "k_bias", "v_bias", "o_bias"):
         section.require(key, True, default=True)
     for key in ("q_lnorm", "k_lnorm"):
@@ -391,7 +393,13 @@ def _require_plain_attention(section: _Section) -> None:
     section.require("n_kv_heads", heads, default=heads)
 
 
-def _read_text(section: _Section) -> TextConfig:
+def _read_rms_norm(section: Section) -> float:
+    for key, expected in (("type", "rms"), ("with_affine", True), ("bias", False)):
+        section.require(key, expected, default=expected)
+    return section.eps()
+
+
+def _read_text(section: Section) -> TextConfig:
     section.require("rope", True, default=True)
     section.require("rope_scaling", None, default=None)
     section.require("partial_rotary_factor", 1.0, default=1.0)
@@ -405,7 +413,12 @@ def _read_text(section: _Section) -> TextConfig:
     for key in ("q_lnorm", "k_lnorm", "qkv_lnorm_on_heads"):
         attention.require(key, True, default=True)
     attention.require("sliding_window", -1, default=-1)
-    norm.require("type", "rms", default="rms")
+    eps = _read_rms_norm(norm)
+    if attention.get("lnorm_config", None) is not None:
+        # queries and keys are normalised as the block's input is
+        head_norm = attention.section("lnorm_config")
+        if _read_rms_norm(head_norm) != eps:
+            head_norm.require("eps", eps, default=1e-6)
     mlp.require("activation_type", "silu", default="silu")
     mlp.require("gated_activation", True, default=True)
     mlp.require("bias", False, default=False)
@@ -421,7 +434,7 @@ def _read_text(section: _Section) -> TextConfig:
         num_kv_heads=attention.integer("n_kv_heads", heads),
         head_dim=attention.integer("head_dim"),
         mlp_size=mlp.mlp_size(hidden_size),
-        norm_eps=norm.number("eps", 1e-6),
+        norm_eps=eps,
         rope_theta=section.number("rope_theta"),
         max_length=section.integer("max_sequence_length", 40960),
     )

@@ -6,16 +6,20 @@ The scheme is Molmo's overlap-and-resize (Deitke et al. 2024, section 2) with Si
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
+from ..._files import read_json_object, reason
 from ...images import rgb_array
+from .section import shown
 from .tiling import (
+    MAX_ID,
+    MAX_PIXELS,
     Span,
     TilePlan,
     TilingGeometry,
@@ -30,6 +34,8 @@ if TYPE_CHECKING:
 
 DROPPED = -10_000
 """Target position of a pooled window that becomes no token."""
+
+CONFIG_FILE = "preprocessor_config.json"
 
 # whatever the caller's default dtype and device are
 _FLOATS: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
@@ -110,16 +116,16 @@ class JinaVLMImageProcessor:
             raise ValueError(f"do_resize must be True or False, got {do_resize!r}")
         self.do_resize = do_resize
         self.geometry = TilingGeometry(patch_size, base_size, overlap_margins, pooling, max_crops)
-        self.min_pixels = checked_int("min_pixels", min_pixels, 1)
+        self.min_pixels = checked_int("min_pixels", min_pixels, 1, MAX_PIXELS)
         self.max_pixels = checked_int("max_pixels", max_pixels, self.min_pixels)
-        self.im_start_token_id = checked_int("im_start_token_id", im_start_token_id, 0)
-        self.im_end_token_id = checked_int("im_end_token_id", im_end_token_id, 0)
-        self.im_patch_token_id = checked_int("im_patch_token_id", im_patch_token_id, 0)
-        self.im_col_token_id = checked_int("im_col_token_id", im_col_token_id, 0)
-        self.image_token_id = checked_int("image_token_id", image_token_id, 0)
-        self.im_slice_token_id = checked_int("im_slice_token_id", im_slice_token_id, 0)
-        self.bos_token_id = checked_int("bos_token_id", bos_token_id, 0)
-        self.eos_token_id = checked_int("eos_token_id", eos_token_id, 0)
+        self.im_start_token_id = checked_int("im_start_token_id", im_start_token_id, 0, MAX_ID)
+        self.im_end_token_id = checked_int("im_end_token_id", im_end_token_id, 0, MAX_ID)
+        self.im_patch_token_id = checked_int("im_patch_token_id", im_patch_token_id, 0, MAX_ID)
+        self.im_col_token_id = checked_int("im_col_token_id", im_col_token_id, 0, MAX_ID)
+        self.image_token_id = checked_int("image_token_id", image_token_id, 0, MAX_ID)
+        self.im_slice_token_id = checked_int("im_slice_token_id", im_slice_token_id, 0, MAX_ID)
+        self.bos_token_id = checked_int("bos_token_id", bos_token_id, 0, MAX_ID)
+        self.eos_token_id = checked_int("eos_token_id", eos_token_id, 0, MAX_ID)
         ids = self.image_token_ids
         if len(set(ids)) < len(ids):
             raise ValueError(
@@ -165,7 +171,7 @@ class JinaVLMImageProcessor:
         config = {key: value for key, value in config.items() if value is not None}
         for key, expected in _FIXED_SETTINGS.items():
             if config.get(key, expected) != expected:
-                raise ValueError(f"{key} must be {expected!r}, the only one implemented, got {config[key]!r}")
+                raise ValueError(f"{key} must be {expected!r}, the only one implemented, got {shown(config[key])}")
         own = cls.__init__.__kwdefaults__.keys() | {"do_resize", "max_crops"}
         arguments = {key: value for key, value in config.items() if key in own}
         if "base_input_size" in config:
@@ -182,7 +188,9 @@ class JinaVLMImageProcessor:
             FileNotFoundError: no such directory.
             ValueError: the file is not a JSON object, or as for :meth:`from_dict`.
         """
-        return cls.from_dict(read_json(directory, "preprocessor_config.json"), **overrides)
+        config = read_json(directory, CONFIG_FILE)
+        with naming(directory, overrides):
+            return cls.from_dict(config, **overrides)
 
     def plan(self, width: int, height: int) -> TilePlan:
         """The tiles of a ``width`` x ``height`` pixel picture, for counting or drawing; touches no pixels.
@@ -282,26 +290,33 @@ class JinaVLMImageProcessor:
         return torch.tensor(tokens, device="cpu")
 
 
+@contextmanager
+def naming(directory: str | os.PathLike[str], overrides: Mapping[str, Any]) -> Iterator[None]:
+    """Puts the name of a checkpoint's file in front of what is wrong with its values."""
+    try:
+        yield
+    except ValueError as error:
+        given = f" with {', '.join(overrides)} given" if overrides else ""
+        raise ValueError(f"{Path(directory) / CONFIG_FILE}{given}: {error}") from None
+
+
 def read_json(directory: str | os.PathLike[str], name: str) -> dict[str, Any]:
     """The JSON object in a checkpoint's file, or {} where the file is absent.
 
     Raises:
         FileNotFoundError: no such directory.
-        ValueError: the file holds no JSON object.
+        ValueError: the file cannot be read, is no regular file, or holds no JSON object.
     """
     directory = Path(directory)
     if not directory.is_dir():
         raise FileNotFoundError(f"{directory}: no such directory")
     path = directory / name
-    if not path.exists():
-        return {}
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not valid JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: must hold a JSON object, got {type(content).__name__}")
-    return content
+        return read_json_object(path)
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: {reason(error)}") from None
 
 
 def _resize(image: torch.Tensor, sizes: Sequence[Span]) -> list[torch.Tensor]:
@@ -332,6 +347,6 @@ def _resize(image: torch.Tensor, sizes: Sequence[Span]) -> list[torch.Tensor]:
 def _square(name: str, value: object) -> object:
     if isinstance(value, Sequence) and not isinstance(value, str):
         if len(value) != 2 or value[0] != value[1]:
-            raise ValueError(f"{name} must be one size or two equal ones, got {value!r}")
+            raise ValueError(f"{name} must be one size or two equal ones, got {shown(value)}")
         return value[0]
     return value

@@ -46,27 +46,35 @@ class JinaVLM(nn.Module):
         cls,
         config: JinaVLMConfig | None = None,
         seed: int = 0,
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | str = torch.float32,
         device: torch.device | str = "cpu",
     ) -> JinaVLM:
-        """A model of random weights: for one seed the same on every machine and device, rounded to `dtype`."""
+        """A model of random weights: for one seed the same on every machine and device, rounded to `dtype`, which is
+        float32, bfloat16, float16 or float64, or the name of one.
+
+        Raises:
+            TypeError, ValueError: another `dtype`.
+        """
         model = checkpoint.uninitialised(cls, config, dtype, device)
         checkpoint.randomise(model, seed)
         return model.eval()
 
     @classmethod
     def from_pretrained(
-        cls, directory: str | Path, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+        cls, directory: str | Path, dtype: torch.dtype | str | None = None, device: torch.device | str = "cpu"
     ) -> JinaVLM:
         """Loads config.json and *.safetensors (single file or with an index) of a checkpoint directory.
 
         Args:
-            dtype: of the weights in memory; the checkpoint's own when None.
+            dtype: of the weights in memory, float32, bfloat16, float16 or float64 or the name of one; the
+                checkpoint's own when None.
 
         Raises:
             ConfigError: config.json is missing or does not describe a jina-vlm.
-            CheckpointError: files are missing, cut short or not safetensors, or tensors are missing, unknown or
-                of another shape (all of them are listed). NaN or infinite weights load, with a warning.
+            CheckpointError: files are missing, cut short, not regular files or not safetensors, or tensors are
+                missing, unknown or of another shape (the first of them are listed), which their headers show
+                before memory is taken. NaN or infinite weights load, with a warning.
+            TypeError, ValueError: another `dtype`.
         """
         return checkpoint.load(cls, Path(directory), dtype, device)
 

@@ -7,7 +7,8 @@ the BOS id goes in front. The prompt format is Molmo's "role" style (Deitke et a
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -15,12 +16,17 @@ import torch
 from tokenizers import Tokenizer
 from torch.nn.utils.rnn import pad_sequence
 
-from .image_processor import DROPPED, JinaVLMImageProcessor, read_json
+from ..._files import MOST_JSON_BYTES, read_regular, read_text, reason
+from .image_processor import CONFIG_FILE, DROPPED, JinaVLMImageProcessor, naming, read_json
+from .section import shown
 
 if TYPE_CHECKING:
     import os
 
     from ...images import ImageSource
+
+# several times the largest of today's vocabularies
+_MOST_TOKENIZER_BYTES = 128 << 20
 
 # the names under which a released tokenizer holds the ids that the image processor writes
 TOKEN_NAMES = {
@@ -98,19 +104,24 @@ class JinaVLMProcessor:
             FileNotFoundError: no such directory, or no ``tokenizer.json`` in it.
             ValueError: a file that cannot be read as what it should be.
         """
-        config = read_json(directory, "preprocessor_config.json")
+        config = read_json(directory, CONFIG_FILE)
         tokenizer = _own_copy(Path(directory) / "tokenizer.json")
         for key, name in TOKEN_NAMES.items():
             if config.get(key) is None:
                 config[key] = tokenizer.token_to_id(name)
-        template = Path(directory) / "chat_template.jinja"
+        with naming(directory, image_overrides):
+            image_processor = JinaVLMImageProcessor.from_dict(config, **image_overrides)
+        spaced = read_json(directory, "processor_config.json").get("always_start_with_space")
+        if spaced not in (True, False, None):
+            raise ValueError(
+                f"{Path(directory) / 'processor_config.json'}: always_start_with_space must be true or false, "
+                f"got {shown(spaced)}"
+            )
         return cls(
             tokenizer,
-            JinaVLMImageProcessor.from_dict(config, **image_overrides),
-            chat_template=template.read_text(encoding="utf-8") if template.exists() else None,
-            always_start_with_space=bool(
-                read_json(directory, "processor_config.json").get("always_start_with_space", True)
-            ),
+            image_processor,
+            chat_template=_read_template(Path(directory) / "chat_template.jinja"),
+            always_start_with_space=spaced is not False,
         )
 
     def __call__(
@@ -142,8 +153,8 @@ class JinaVLMProcessor:
             All are on the CPU.
 
         Raises:
-            ValueError: markers and pictures that do not match, text that encodes to an id
-                reserved for pictures, or an unusable picture.
+            ValueError: markers and pictures that do not match, text that encodes to an id reserved for pictures or
+                not at all, or an unusable picture.
             TypeError: a prompt that is not a string.
         """
         sequences = [self._encode(text, pictures) for text, pictures in _batch(prompt, images)]
@@ -216,7 +227,8 @@ class JinaVLMProcessor:
             return [self.decode(row) for row in values]
         ends = (self.image_processor.bos_token_id, self.image_processor.eos_token_id)
         kept = [value for value in values if 0 <= value < self._first_image_id and value not in ends]
-        return self.tokenizer.decode(kept, skip_special_tokens=True)
+        with _tokenizer_errors("the tokenizer cannot decode the ids"):
+            return self.tokenizer.decode(kept, skip_special_tokens=True)
 
     def _encode(self, prompt: str, images: Sequence[Any]) -> _Sequence:
         # spelled out as text the EOS token is several ids, so it has to go before the text is encoded
@@ -244,7 +256,8 @@ class JinaVLMProcessor:
         return sequence
 
     def _text_ids(self, text: str) -> list[int]:
-        ids = self.tokenizer.encode(text, add_special_tokens=False).ids
+        with _tokenizer_errors("the tokenizer cannot encode the text"):
+            ids = self.tokenizer.encode(text, add_special_tokens=False).ids
         forged = next((value for value in ids if value >= self._first_image_id), None)
         if forged is not None:
             raise ValueError(
@@ -304,19 +317,42 @@ class JinaVLMProcessor:
             raise ValueError(f"the chat template failed: {type(error).__name__}: {error}") from error
 
 
+def _read_template(path: Path) -> str | None:
+    try:
+        return read_text(path, MOST_JSON_BYTES)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: not a template ({reason(error)})") from None
+
+
+@contextmanager
+def _tokenizer_errors(message: str) -> Iterator[None]:
+    """What goes wrong in the tokenizers library as `ValueError`: it raises bare `Exception`, and on some damaged files
+    panics, which arrives as something that is not even one."""
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise ValueError(f"{message} ({reason(error)})") from error
+
+
 def _own_copy(tokenizer: Tokenizer | str | os.PathLike[str]) -> Tokenizer:
     """A tokenizer of our own that treats special tokens as text and neither cuts nor pads."""
     if isinstance(tokenizer, Tokenizer):
-        own = Tokenizer.from_str(tokenizer.to_str())
+        with _tokenizer_errors("tokenizer: the tokenizers library cannot read what it writes of it"):
+            own = Tokenizer.from_str(tokenizer.to_str())
     else:
         path = Path(tokenizer)
-        if not path.is_file():
-            raise FileNotFoundError(f"{path}: no such file; a tokenizer.json is needed")
         try:
-            own = Tokenizer.from_file(str(path))
-        except Exception as error:
-            # the rust side raises bare Exception
-            raise ValueError(f"{path}: not a tokenizer.json ({error})") from error
+            content = read_regular(path, _MOST_TOKENIZER_BYTES)
+        except FileNotFoundError:
+            raise FileNotFoundError(f"{path}: no such file; a tokenizer.json is needed") from None
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{path}: not a tokenizer.json ({reason(error)})") from None
+        with _tokenizer_errors(f"{path}: not a tokenizer.json"):
+            own = Tokenizer.from_buffer(content)
     own.encode_special_tokens = True
     own.no_truncation()
     own.no_padding()

@@ -18,11 +18,19 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import NamedTuple, TypeAlias
 
+from .section import shown
+
 MAX_ASPECT_RATIO = 200
 """Images longer than this times their short side are refused: they would be stretched beyond recognition."""
 
 MAX_TILES = 256
 """Upper bound of ``max_crops``: one strip of 256 tiles almost fills the decoder's 40,960 positions."""
+
+MAX_PIXELS = 1 << 26
+"""Most pixels of all crops of an image, 36 times those of 12 tiles as released: they are held in memory as float32."""
+
+MAX_ID = (1 << 31) - 1
+"""Highest token id: that of 32-bit tables."""
 
 Box: TypeAlias = tuple[int, int, int, int]
 FloatBox: TypeAlias = tuple[float, float, float, float]
@@ -33,17 +41,17 @@ def checked_int(name: str, value: object, low: int, high: int | None = None) -> 
     """``value`` as an int within [low, high]; ValueError naming the argument otherwise."""
     wanted = f"an integer of at least {low}" if high is None else f"an integer from {low} to {high}"
     if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise ValueError(f"{name} must be {wanted}, got {value!r}")
+        raise ValueError(f"{name} must be {wanted}, got {shown(value)}")
     number = operator.index(value)
     if number < low or (high is not None and number > high):
-        raise ValueError(f"{name} must be {wanted}, got {number}")
+        raise ValueError(f"{name} must be {wanted}, got {shown(number)}")
     return number
 
 
 def checked_pair(name: str, value: object, low: int) -> Span:
     """``value`` as two ints of at least ``low``; ValueError naming the argument otherwise."""
     if not isinstance(value, (tuple, list)) or len(value) != 2:
-        raise ValueError(f"{name} must be a pair of integers, got {value!r}")
+        raise ValueError(f"{name} must be a pair of integers, got {shown(value)}")
     return checked_int(f"{name}[0]", value[0], low), checked_int(f"{name}[1]", value[1], low)
 
 
@@ -78,6 +86,12 @@ class TilingGeometry:
         }
         for name, value in checked.items():
             object.__setattr__(self, name, value)
+        pixels = (1 + self.max_crops) * self.base_size**2
+        if pixels > MAX_PIXELS:
+            raise ValueError(
+                f"base_size must be small enough for {MAX_PIXELS} pixels in the thumbnail and max_crops "
+                f"{self.max_crops} tiles, got {shown(self.base_size)}"
+            )
         if self.base_size % self.patch_size:
             raise ValueError(f"base_size must be a multiple of patch_size {self.patch_size}, got {self.base_size}")
         if sum(self.overlap_margins) >= self.patches_per_side:
