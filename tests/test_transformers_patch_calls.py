@@ -11,6 +11,7 @@ import pytest
 import torch
 from jina_remote import Vision
 from torch import nn
+from torch.autograd import forward_ad
 from torch.nn.modules import module as module_globals
 from torch.nn.utils import parametrizations, parametrize, prune
 from transformers_models import Calls, blocks, outputs, siglip
@@ -299,7 +300,7 @@ CHANGES = {
     "attention function": own_attention,
     "epsilon": set_value("layer_norm2", "eps", 0.5),
     "forward of the class": lambda layer: setattr(layer.mlp, "__class__", with_own_forward(type(layer.mlp))),
-    "weights of the norm": lambda layer: setattr(layer.layer_norm2, "bias", None),
+    "weights of the norm": lambda layer: setattr(layer.layer_norm2, "bias", nn.Parameter(torch.ones(48))),
 }
 
 
@@ -382,6 +383,27 @@ def test_hooks_inside_a_connector(inner):
         torch.testing.assert_close(model(*inputs), expected, rtol=1e-5, atol=1e-5)
 
 
+def test_hooks_that_transformers_leaves_behind():
+    """Once asked for attention weights, a model keeps hooks on its attention: these must not keep it off the ops."""
+    model, inputs = siglip(attn_implementation="eager")
+    plain = copy.deepcopy(model)
+    patch(model)
+    with Calls() as before:
+        outputs(model, inputs)
+    for each in (model, plain):
+        outputs(each, inputs | {"output_hidden_states": True})
+    with torch.no_grad():
+        expected, actual = (each(**inputs, output_attentions=True).attentions for each in (plain, model))
+    for a, e in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-5, atol=1e-5)
+    for wanted in ({}, {"output_hidden_states": True}):
+        with Calls() as after:
+            outputs(model, inputs | wanted)
+        assert after.names == before.names and after.residuals == before.residuals
+    # also where the patch comes after
+    assert len(patch(plain)) == 7
+
+
 def test_attention_weights_reach_a_hook():
     model, inputs = siglip(attn_implementation="eager")
     patch(model)
@@ -419,9 +441,17 @@ def test_functional_call(pair):
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
 
 
+def eager_pair():
+    """As `pair`, with attention that torch can differentiate in forward mode on CPU."""
+    model, inputs = siglip(attn_implementation="eager")
+    plain = copy.deepcopy(model)
+    patch(model)
+    return model, plain, inputs
+
+
 @pytest.mark.parametrize("transform", ["grad", "vmap", "jvp", "vmap of grad"])
-def test_function_transforms(pair, transform):
-    model, plain, inputs = pair
+def test_function_transforms(transform):
+    model, plain, inputs = eager_pair()
     parameters = {name: p.detach() for name, p in model.named_parameters()}
     pixels = inputs["pixel_values"]
 
@@ -444,9 +474,8 @@ def test_function_transforms(pair, transform):
     torch.testing.assert_close(of(model), of(plain), rtol=1e-3, atol=1e-3)
 
 
-def test_forward_gradients(pair):
-    model, plain, inputs = pair
-    from torch.autograd import forward_ad
+def test_forward_gradients():
+    model, plain, inputs = eager_pair()
 
     def tangent(each):
         with forward_ad.dual_level():
@@ -546,6 +575,7 @@ def test_compiles_whole(pair, hooked, autocast):
     torch.testing.assert_close(actual, expected, rtol=limit, atol=limit)
 
 
+@torch._dynamo.config.patch(skip_nnmodule_hook_guards=False)
 def test_hooks_after_compiling(pair):
     model, plain, inputs = pair
     compiled = torch.compile(model, backend="aot_eager")

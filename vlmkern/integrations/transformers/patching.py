@@ -77,8 +77,8 @@ def patch(model: nn.Module) -> PatchReport:
     """
     _check_module(model)
     report = PatchReport()
-    # inner modules first: a block is swapped with what its attention and MLP have become
-    for name, module in reversed(list(model.named_modules())):
+    # a block is swapped with what its attention and MLP have become
+    for name, module in _inner_first(model, "", set()):
         label = name or type(module).__name__
         if is_swapped(module):
             report.passed_over[label] = "swapped already"
@@ -93,7 +93,13 @@ def patch(model: nn.Module) -> PatchReport:
             report.swapped[label] = swap.name
         except Refused as refused:
             report.passed_over[label] = str(refused)
-    return PatchReport(*(dict(reversed(found.items())) for found in (report.swapped, report.passed_over)))
+    outer_first = {name or type(module).__name__: None for name, module in model.named_modules()}
+    return PatchReport(
+        *(
+            {name: found[name] for name in outer_first if name in found}
+            for found in (report.swapped, report.passed_over)
+        )
+    )
 
 
 def unpatch(model: nn.Module) -> int:
@@ -115,6 +121,15 @@ def unpatch(model: nn.Module) -> int:
 def _check_module(model: nn.Module) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: got {type(model).__name__}, expected a torch.nn.Module")
+
+
+def _inner_first(module: nn.Module, name: str, seen: set[nn.Module]) -> Iterator[tuple[str, nn.Module]]:
+    """Names and modules like `named_modules`, each after what it holds, also where modules are shared."""
+    seen.add(module)
+    for child_name, child in module.named_children():
+        if child not in seen:
+            yield from _inner_first(child, f"{name}.{child_name}" if name else child_name, seen)
+    yield name, module
 
 
 def _swap(module: nn.Module, swap: Swap) -> None:

@@ -19,6 +19,11 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
 from torch.nn.modules import module as module_globals
 
+try:
+    from transformers.utils import output_capturing
+except ImportError:  # before transformers 5
+    output_capturing = None
+
 if TYPE_CHECKING:
     from .swaps import Swap
 
@@ -127,9 +132,10 @@ def has_own_forward(module: nn.Module) -> bool:
 
 
 def hooked(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
+    if module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        return True
+    hooks = module._forward_hooks
+    return bool(hooks) and (torch.compiler.is_compiling() or not all(map(_waits, hooks.values())))
 
 
 def observed(module: nn.Module) -> bool:
@@ -204,6 +210,16 @@ def weight_fits(module: nn.Module, x: Tensor) -> bool:
     if type(weight) not in _TENSORS:
         return False
     return weight.dtype == x.dtype or (torch.is_autocast_enabled(x.device.type) and weight.dtype in DTYPES)
+
+
+def _waits(hook: Any) -> bool:
+    """Whether a hook is one of those that transformers leaves on a model which was once asked for hidden states or
+    attention weights, as LLaVA asks its tower, and nobody asks for what it collects now."""
+    if output_capturing is None or getattr(hook, "__module__", None) != output_capturing.__name__:
+        return False
+    collected = output_capturing._active_collector.get()
+    names = hook.__code__.co_freevars
+    return collected is None or ("key" in names and hook.__closure__[names.index("key")].cell_contents not in collected)
 
 
 def _is_ours(module: nn.Module) -> bool:

@@ -17,7 +17,6 @@ from ...reference.linear import ACTIVATIONS, activate
 from .swapped import (
     DTYPES,
     drops,
-    has_own_forward,
     hooked,
     is_swapped,
     observed,
