@@ -1,10 +1,14 @@
-"""Tiny models of transformers with one input each, and a count of the ops that a call of theirs runs."""
+"""Tiny models of transformers with one input each, a count of the ops that a call of theirs runs, and comparisons."""
+
+import copy
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 transformers = pytest.importorskip("transformers")
+
+from vlmkern.integrations.transformers import patch  # noqa: E402
 
 TOWER = {"hidden_size": 48, "intermediate_size": 72, "num_hidden_layers": 2, "num_attention_heads": 4, "patch_size": 14}
 TEXT = {
@@ -124,3 +128,33 @@ def outputs(model, inputs):
 def blocks(model):
     """The blocks of a SigLIP tower, wherever a version of transformers keeps them."""
     return getattr(model, "vision_model", model).encoder.layers
+
+
+def siglip_pair(**changes):
+    """A patched SigLIP, one like it that is not, and their input."""
+    model, inputs = siglip(**changes)
+    plain = copy.deepcopy(model)
+    patch(model)
+    return model, plain, inputs
+
+
+def run(model, inputs):
+    """Result, gradients and calls of a model."""
+    model.zero_grad()
+    with Calls() as calls:
+        result = model(**inputs).last_hidden_state
+        result.square().sum().backward()
+    return result.detach(), [p.grad for p in model.parameters() if p.grad is not None], calls
+
+
+def assert_alike(model, plain, inputs):
+    (actual, grads, calls), (expected, expected_grads, _) = run(model, inputs), run(plain, inputs)
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+    for a, e in zip(grads, expected_grads, strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-3, atol=1e-4)
+    return calls
+
+
+def half(value):
+    """Half of a result, for hooks that can be told by it."""
+    return (value[0] * 0.5, *value[1:]) if isinstance(value, tuple) else value * 0.5

@@ -85,7 +85,12 @@ def forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """What a swapped module runs: the ops, or its original forward for calls that they do not cover."""
     state: Swapped = module.__dict__[_STATE]
     inputs = _inputs(state, args, kwargs) if state.active else None
-    if inputs is None or not state.swap.covers(module, *inputs) or (state.returns_more and observed(module)):
+    if (
+        inputs is None
+        or not on_ops(inputs[0])
+        or not state.swap.covers(module, *inputs)
+        or (state.returns_more and observed(module))
+    ):
         return type(module).forward(module, *args, **kwargs)
     result = state.swap.compute(module, *inputs)
     return result if state.returns is None else (result, *([None] * (state.returns - 1)))

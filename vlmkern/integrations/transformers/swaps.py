@@ -20,7 +20,6 @@ from .swapped import (
     hooked,
     is_swapped,
     observed,
-    on_ops,
     state_of,
     unchanged,
     weight_fits,
@@ -103,18 +102,22 @@ class Swap:
         return ()
 
     def covers(self, module: nn.Module, x: Tensor, *rest: Tensor) -> bool:
-        """Whether this call can run on the ops: the module may have changed since it was swapped."""
-        if not on_ops(x) or (self.rank is not None and x.dim() != self.rank):
+        """Whether a call that is `on_ops` can run on them: the module may have changed since it was swapped."""
+        if self.rank is not None and x.dim() != self.rank:
             return False
         state = state_of(module)
         if state.class_forward is not None and type(module).forward is not state.class_forward:
             return False
-        if any(now is not then for now, then in zip(self.facts(module), state.facts, strict=True)):
-            return False
-        if not all(unchanged(each, seen) for each, seen in zip(self.stands_for(module), state.seen, strict=True)):
-            return False
-        if not all(weight_fits(child, x) for child in self.weighted(module)):
-            return False
+        # plain loops: these are most of what a call costs beside its ops
+        for now, then in zip(self.facts(module), state.facts, strict=True):
+            if now is not then and now != then:
+                return False
+        for each, seen in zip(self.stands_for(module), state.seen, strict=True):
+            if not unchanged(each, seen):
+                return False
+        for child in self.weighted(module):
+            if not weight_fits(child, x):
+                return False
         # the original forward is where some models checkpoint a block, with its swapped parts inside
         checkpoints = module.training and module.__dict__.get("gradient_checkpointing", False)
         return not checkpoints and not drops(module)
