@@ -1,4 +1,4 @@
-"""Patched models that change after the patch, and calls of another kind than the trial's: right, or left to the original.
+"""Patched models that change after the patch, and calls unlike the one of its trial: right, or left to the original.
 
 Each change is made to a patched model and to one like it that was never patched: the two must stay alike.
 """
@@ -170,6 +170,25 @@ def test_input_of_another_rank():
             plain.layers[0].attn(x)
         with pytest.raises(type(expected.value)):
             model.layers[0].attn(x)
+
+
+@pytest.mark.parametrize("shape", [(15,), (1, 1, 15), (2, 3, 15)], ids=str)
+def test_masks_that_broadcast(shape):
+    model = Vision().eval()
+    plain = copy.deepcopy(model)
+    patch(model)
+    features, masks = torch.randn(1, 3, 15, 48), torch.tensor([0, 1, -1, 0.5, 1]).repeat(3).expand(shape)
+    with torch.no_grad():
+        expected, actual = (each.vl_connector(features, masks) for each in (plain, model))
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_moved_to_a_device_without_kernels(pair):
+    model, _, inputs = pair
+    model.to("meta")
+    with Calls() as calls:
+        assert model(pixel_values=inputs["pixel_values"].to("meta")).last_hidden_state.device.type == "meta"
+    assert not calls.names
 
 
 def test_functional_call(pair):

@@ -311,6 +311,7 @@ class Connector(Swap):
     linears = ()
     called = ("projector",)
     inputs = 2
+    rank = 4
     _pooling = ("q_w", "kv_w", "out")
 
     def recognises(self, module: nn.Module) -> bool:
@@ -344,6 +345,10 @@ class Connector(Swap):
 
     def stands_for(self, module: nn.Module) -> tuple[nn.Module, ...]:
         return module, module.pooling
+
+    def covers(self, module: nn.Module, x: Tensor, *rest: Tensor) -> bool:
+        # the original takes whatever broadcasts
+        return rest[0].shape == x.shape[:-1] and super().covers(module, x)
 
     def weighted(self, module: nn.Module) -> list[nn.Module]:
         return [module.pooling._modules[name] for name in self._pooling]
