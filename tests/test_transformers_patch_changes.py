@@ -351,3 +351,18 @@ def test_nothing_of_the_patch_is_left():
 def test_unpatch_of_something_else():
     with pytest.raises(TypeError, match="model: got NoneType, expected"):
         unpatch(None)
+
+
+def test_swapped_forwards_that_somebody_took_away():
+    """As a library does that gives a module back the forward of its class."""
+    model, inputs = siglip()
+    before = outputs(model, inputs)
+    patch(model)
+    mlp, attention = blocks(model)[0].mlp, blocks(model)[0].self_attn
+    del mlp.forward
+    attention.forward = type(attention).forward.__get__(attention)
+    torch.testing.assert_close(outputs(model, inputs), before, rtol=1e-5, atol=1e-5)
+    report = patch(model)
+    assert sorted(name.rpartition("layers.0.")[2] for name in report) == ["mlp", "self_attn"]
+    assert unpatch(model) == 7
+    assert torch.equal(outputs(model, inputs), before)

@@ -115,15 +115,16 @@ def remove(module: nn.Module) -> None:
 def resume(module: nn.Module) -> bool:
     """Takes back what `remove` did to a module whose swapped forward somebody keeps; False where nobody does."""
     state = module.__dict__.get(_STATE)
-    if state is not None:
-        state.active = True
-    return state is not None
+    if state is None or not has_own_forward(module):
+        return False
+    state.active = True
+    return True
 
 
 def is_swapped(module: nn.Module) -> bool:
     """Whether `patch` swapped a module, though others may have put a forward around it since."""
     state = module.__dict__.get(_STATE)
-    return state is not None and state.active
+    return state is not None and state.active and (_is_ours(module) or has_own_forward(module))
 
 
 def state_of(module: nn.Module) -> Swapped:
