@@ -32,7 +32,7 @@ $(COMPAT)/.installed: pyproject.toml | $(STAMP)
 	touch $@
 
 test-compat: setup $(COMPAT)/.installed
-	PYTHONPATH=$(COMPAT) $(BIN)/python -m pytest tests/test_transformers_patch.py tests/test_transformers_agreement.py
+	PYTHONPATH=$(COMPAT) $(BIN)/python -m pytest tests/test_transformers_*.py
 
 # the vLLM plugin's tests, in an environment of their own (2.6 GB): vLLM's CPU build pins what it needs
 VLLM_VENV := .venv-vllm

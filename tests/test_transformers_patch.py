@@ -2,129 +2,34 @@
 
 import copy
 import io
+import os
 import subprocess
 import sys
+import textwrap
 import warnings
 
 import pytest
 import torch
 from jina_remote import Vision
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from transformers_models import (
+    Calls,
+    idefics2,
+    idefics3,
+    llava_next,
+    outputs,
+    paligemma,
+    qwen3,
+    siglip,
+    siglip2,
+    transformers,
+)
 
 from vlmkern import nn as vlmkern_nn
+from vlmkern.integrations.transformers import patch, register, unpatch
 
-transformers = pytest.importorskip("transformers")
-
-from vlmkern.integrations.transformers import patch, register, unpatch  # noqa: E402
-
-TOWER = {"hidden_size": 48, "intermediate_size": 72, "num_hidden_layers": 2, "num_attention_heads": 4, "patch_size": 14}
-TEXT = {
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 120,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-IMAGE = 3  # the id of an image token
 # before 5, these build a mask even where nothing is masked, and attention with a mask is left to the model
 MASKED = ("siglip2", "idefics3") if transformers.__version__.startswith("4.") else ()
-
-
-class Calls(TorchDispatchMode):
-    """Counts calls of vlmkern's ops."""
-
-    def __init__(self):
-        super().__init__()
-        self.names = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace == "vlmkern":
-            self.names.append(func._schema.name.split("::")[1])
-        return func(*args, **(kwargs or {}))
-
-
-def siglip(**changes):
-    config = transformers.SiglipVisionConfig(**(TOWER | {"image_size": 42} | changes))
-    return transformers.SiglipVisionModel(config).eval(), {"pixel_values": torch.randn(2, 3, 42, 42)}
-
-
-def siglip2():
-    config = transformers.Siglip2VisionConfig(**TOWER, num_patches=9)
-    inputs = {
-        "pixel_values": torch.randn(2, 9, 588),
-        "pixel_attention_mask": torch.ones(2, 9, dtype=torch.long),
-        "spatial_shapes": torch.tensor([[3, 3], [3, 3]]),
-    }
-    return transformers.Siglip2VisionModel(config).eval(), inputs
-
-
-def idefics2():
-    config = transformers.Idefics2Config(
-        vision_config=TOWER | {"image_size": 42},
-        text_config=TEXT | {"model_type": "mistral"},
-        perceiver_config={"resampler_n_latents": 2, "resampler_depth": 1, "hidden_size": 32, "num_key_value_heads": 2}
-        | {"resampler_n_heads": 4, "resampler_head_dim": 8},
-        image_token_id=IMAGE,
-    )
-    return transformers.Idefics2ForConditionalGeneration(config).eval(), {
-        "input_ids": torch.tensor([[5, IMAGE, IMAGE, 7, 9]]),
-        "pixel_values": torch.randn(1, 1, 3, 42, 42),
-    }
-
-
-def idefics3():
-    config = transformers.Idefics3Config(
-        vision_config=TOWER | {"image_size": 56},
-        text_config=TEXT | {"model_type": "llama"},
-        scale_factor=2,
-        image_token_id=IMAGE,
-    )
-    return transformers.Idefics3ForConditionalGeneration(config).eval(), {
-        "input_ids": torch.tensor([[5, *[IMAGE] * 4, 7, 9]]),
-        "pixel_values": torch.randn(1, 1, 3, 56, 56),
-    }
-
-
-def paligemma():
-    config = transformers.PaliGemmaConfig(
-        vision_config=TOWER | {"model_type": "siglip_vision_model", "image_size": 42, "vision_use_head": False},
-        text_config=TEXT | {"model_type": "gemma", "head_dim": 8},
-        projection_dim=32,
-        image_token_index=IMAGE,
-    )
-    return transformers.PaliGemmaForConditionalGeneration(config).eval(), {
-        "input_ids": torch.tensor([[*[IMAGE] * 9, 1, 5, 7]]),
-        "pixel_values": torch.randn(1, 3, 42, 42),
-        "attention_mask": torch.ones(1, 12, dtype=torch.long),
-        "token_type_ids": torch.zeros(1, 12, dtype=torch.long),
-    }
-
-
-def llava_next():
-    config = transformers.LlavaNextConfig(
-        vision_config=TOWER | {"model_type": "siglip_vision_model", "image_size": 42},
-        text_config=TEXT | {"model_type": "llama"},
-        image_grid_pinpoints=[[42, 42]],
-        image_token_index=IMAGE,
-        vision_feature_select_strategy="full",
-    )
-    return transformers.LlavaNextForConditionalGeneration(config).eval(), {
-        # 9 tokens of the picture, 9 of its one tile and 3 ends of line
-        "input_ids": torch.tensor([[5, *[IMAGE] * 21, 7]]),
-        "pixel_values": torch.randn(1, 2, 3, 42, 42),
-        "image_sizes": torch.tensor([[42, 42]]),
-    }
-
-
-def qwen3():
-    config = transformers.Qwen3Config(**TEXT, head_dim=8)
-    return transformers.Qwen3ForCausalLM(config).eval(), {"input_ids": torch.randint(4, 120, (2, 7))}
-
 
 # per model: how many modules of each kind are swapped (attention, MLPs, blocks)
 MODELS = {
@@ -136,12 +41,6 @@ MODELS = {
     llava_next: (2, 2 + 2 + 1, 2),
     qwen3: (0, 2, 0),
 }
-
-
-def outputs(model, inputs):
-    with torch.no_grad():
-        result = model(**inputs)
-    return result.logits if "logits" in result else result.last_hidden_state
 
 
 @pytest.mark.parametrize("build", MODELS, ids=lambda build: build.__name__)
@@ -368,6 +267,31 @@ def test_left_alone_and_reported(change, reason):
     report = patch(model)
     assert any(reason in why for why in report.passed_over.values()), str(report)
     assert reason in str(report)
+
+
+@pytest.mark.xfail(strict=False, reason="the ops' own path for bfloat16 without oneDNN's")
+def test_bfloat16_where_torch_has_none():
+    """AVX2 alone: oneDNN refuses bfloat16 products there, and torch has its own."""
+    program = """
+        import copy, torch
+        from transformers_models import Calls, outputs, siglip
+        from vlmkern.integrations.transformers import patch
+        torch.manual_seed(0)
+        model, inputs = siglip()
+        exact = outputs(copy.deepcopy(model).double(), {"pixel_values": inputs["pixel_values"].double()})
+        model, inputs = model.bfloat16(), {"pixel_values": inputs["pixel_values"].bfloat16()}
+        before = outputs(model, inputs)
+        report = patch(model)
+        assert len(report) == 7, str(report)
+        with Calls() as calls:
+            after = outputs(model, inputs)
+        assert calls.names.count("attention") == 2
+        error, limit = ((t - exact).square().mean().sqrt() for t in (after.double(), before.double()))
+        assert error <= 1.1 * limit, (error, limit)
+    """
+    paths = os.pathsep.join([os.path.dirname(__file__), os.environ.get("PYTHONPATH", "")])
+    without = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2", "PYTHONPATH": paths}
+    subprocess.run([sys.executable, "-c", textwrap.dedent(program)], check=True, env=os.environ | without)
 
 
 def test_nothing_to_patch():

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor, nn
 
 from .. import ops
@@ -66,13 +67,20 @@ def pre_norm_block(
 ) -> Tensor:
     """x + attention(norm(x)), then x + mlp(norm(x)), for x [..., C].
 
+    Under autocast the sums and norms are torch's, so that a float32 x stays float32 from block to block.
+
     Args:
         attend, feed_forward: of a normed input and a residual to add, or None for none.
     """
-    if not x.is_cuda:
-        # on CPUs the product before adds the residual in its epilogue, which takes no pass of its own
-        x = attend(attention_norm(x), x)
-        return feed_forward(mlp_norm(x), x)
-    attended = attend(attention_norm(x), None)
-    normed, x = ops.add_layer_norm(attended, x, mlp_norm.weight, mlp_norm.bias, eps=mlp_norm.eps)
-    return feed_forward(normed, x)
+    if torch.is_autocast_enabled(x.device.type):
+        if torch.get_autocast_dtype(x.device.type) != x.dtype:
+            # the ops would round the residual to their products' dtype
+            x = x + attend(attention_norm(x), None)
+            return x + feed_forward(mlp_norm(x), None)
+    elif x.is_cuda:
+        attended = attend(attention_norm(x), None)
+        normed, x = ops.add_layer_norm(attended, x, mlp_norm.weight, mlp_norm.bias, eps=mlp_norm.eps)
+        return feed_forward(normed, x)
+    # the product before adds the residual in its epilogue, which takes no pass of its own
+    x = attend(attention_norm(x), x)
+    return feed_forward(mlp_norm(x), x)

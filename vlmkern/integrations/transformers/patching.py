@@ -1,7 +1,8 @@
 """Swapping the forward of modules that vlmkern has an op for, in place, and back.
 
 Only `forward` of the module's instance changes. Parameters, their names, hooks of the module, devices, dtypes and
-gradient checkpointing are the module's own, and every call that the ops do not cover goes to the original forward.
+gradient checkpointing are the module's own, and every call that the ops do not cover goes to the original forward
+(see `swapped`).
 """
 
 from __future__ import annotations
@@ -9,17 +10,14 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from types import MethodType
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .swaps import STATE, SWAPS, Refused, Swap, Swapped
+from .swapped import Swapped, has_own_forward, install, is_swapped, remove, resume, see
+from .swaps import SWAPS, Refused, Swap
 
 _PACKAGE = __name__.split(".integrations.")[0]
-# arguments that change what is returned beside the result, or nothing
-_NEUTRAL = ("return_dict", "output_hidden_states", "use_cache", "attn_implementation")
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,9 +57,15 @@ def patch(model: nn.Module) -> PatchReport:
     SwiGLU MLPs with gate_proj, up_proj and down_proj (Qwen, Llama, Mistral, Idefics2's projection), and attention,
     MLPs, blocks and connector of jina-vlm as its own code has them. Each candidate is run once on a small random
     input, before and after: if the two differ it is left as it was, and so it is where a projection is anything but a
-    plain linear layer (LoRA, quantised).
+    plain linear layer (LoRA, quantised), or an inner module has hooks or a forward of its own.
 
-    Parameters are shared, none is copied or renamed. `unpatch` undoes it; patching again does nothing.
+    What changes later is found by the calls, which then run the original code: hooks, adapters, other layers,
+    activations and settings in place of those that were there, other dtypes, function transforms. Under autocast the
+    residual stream keeps the dtype that it has without the ops.
+
+    Parameters are shared, none is copied or renamed; `vlmkern.pack(model)` afterwards trades memory for time on CPUs.
+    `unpatch` undoes it; patching again does nothing. Copies, pickled
+    ones too, are patched as their model is, so that loading one needs this package.
 
     Args:
         model: on CPU or CUDA, in float32, bfloat16 or float16.
@@ -72,13 +76,12 @@ def patch(model: nn.Module) -> PatchReport:
     Raises:
         TypeError: `model` is not a module.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: got {type(model).__name__}, expected a torch.nn.Module")
+    _check_module(model)
     report = PatchReport()
-    # inner modules first: a block is swapped with what its attention and MLP have become
-    for name, module in reversed(list(model.named_modules())):
+    # a block is swapped with what its attention and MLP have become
+    for name, module in _inner_first(model, "", set()):
         label = name or type(module).__name__
-        if _is_swapped(module):
+        if is_swapped(module):
             report.passed_over[label] = "swapped already"
             continue
         if type(module).__module__.startswith(_PACKAGE):
@@ -91,7 +94,13 @@ def patch(model: nn.Module) -> PatchReport:
             report.swapped[label] = swap.name
         except Refused as refused:
             report.passed_over[label] = str(refused)
-    return PatchReport(*(dict(reversed(found.items())) for found in (report.swapped, report.passed_over)))
+    outer_first = {name or type(module).__name__: None for name, module in model.named_modules()}
+    return PatchReport(
+        *(
+            {name: found[name] for name in outer_first if name in found}
+            for found in (report.swapped, report.passed_over)
+        )
+    )
 
 
 def unpatch(model: nn.Module) -> int:
@@ -99,21 +108,37 @@ def unpatch(model: nn.Module) -> int:
 
     Returns:
         How many modules `patch` had swapped.
+
+    Raises:
+        TypeError: `model` is not a module.
     """
-    count = 0
-    for module in model.modules():
-        if _is_swapped(module):
-            _restore(module)
-            count += 1
-    return count
+    _check_module(model)
+    swapped = [module for module in model.modules() if is_swapped(module)]
+    for module in swapped:
+        remove(module)
+    return len(swapped)
 
 
-def _is_swapped(module: nn.Module) -> bool:
-    return getattr(module.__dict__.get("forward"), "__func__", None) is forward
+def _check_module(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: got {type(model).__name__}, expected a torch.nn.Module")
+
+
+def _inner_first(module: nn.Module, name: str, seen: set[nn.Module]) -> Iterator[tuple[str, nn.Module]]:
+    """Names and modules like `named_modules`, each after what it holds, also where modules are shared."""
+    seen.add(module)
+    for child_name, child in module.named_children():
+        if child not in seen:
+            yield from _inner_first(child, f"{name}.{child_name}" if name else child_name, seen)
+    yield name, module
 
 
 def _swap(module: nn.Module, swap: Swap) -> None:
     """Swaps one module, or raises `Refused` and leaves it as it was."""
+    if resume(module):
+        return
+    if has_own_forward(module):
+        raise Refused("it has a forward of its own, which would not run")
     swap.check(module)
     inputs = swap.example(module)
     was_training = [inner for inner in module.modules() if inner.training]
@@ -123,21 +148,27 @@ def _swap(module: nn.Module, swap: Swap) -> None:
             parameters = _parameters(module)
             # masks and the like, where they have no default
             rest = {p.name: None for p in parameters[len(inputs) :] if p.default is p.empty}
-            result = _call_original(module, module.__dict__.get("forward"), *inputs, **rest)
-            expected = result[0] if isinstance(result, tuple) else result
-            returns = len(result) if isinstance(result, tuple) else None
-            before = module.__dict__.get("forward")
-            names = tuple(parameter.name for parameter in parameters)
-            module.__dict__[STATE] = Swapped(swap, returns, names, before, swap.activation(module))
-            module.__dict__["forward"] = MethodType(forward, module)
+            result = type(module).forward(module, *inputs, **rest)
+            expected, *more = result if isinstance(result, tuple) else (result,)
+            state = Swapped(
+                swap,
+                returns=len(result) if isinstance(result, tuple) else None,
+                returns_more=any(value is not None for value in more),
+                parameters=tuple(parameter.name for parameter in parameters),
+                kernel=swap.kernel(module),
+                facts=swap.facts(module),
+                seen=tuple(see(each, swap.called) for each in swap.stands_for(module)),
+                class_forward=type(module).forward,
+            )
+            install(module, state)
             if not _equal(swap.compute(module, *inputs), expected):
-                _restore(module)
+                remove(module)
                 raise Refused("its result differs from that of the ops")
     except Refused:
         raise
     except Exception as error:
-        if _is_swapped(module):
-            _restore(module)
+        if is_swapped(module):
+            remove(module)
         raise Refused(f"it does not take what such modules take ({type(error).__name__}: {error})") from error
     finally:
         for inner in was_training:
@@ -148,40 +179,6 @@ def _parameters(module: nn.Module) -> list[inspect.Parameter]:
     """What a module's forward takes by position."""
     _, *parameters = inspect.signature(type(module).forward).parameters.values()
     return [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-
-
-def _restore(module: nn.Module) -> None:
-    before = module.__dict__.pop(STATE).before
-    del module.__dict__["forward"]
-    if before is not None:
-        module.__dict__["forward"] = before
-
-
-def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """What a swapped module runs: the ops, or its original forward for calls that they do not cover."""
-    state: Swapped = self.__dict__[STATE]
-    inputs = _inputs(state, args, kwargs)
-    if inputs is None or not state.swap.covers(self, *inputs):
-        return _call_original(self, state.before, *args, **kwargs)
-    result = state.swap.compute(self, *inputs)
-    return result if state.returns is None else (result, *([None] * (state.returns - 1)))
-
-
-def _inputs(state: Swapped, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor] | None:
-    """The tensors that the swap takes, or None if the call asks for something else too."""
-    named = dict(zip(state.parameters, args, strict=False)) | kwargs
-    if len(args) > len(state.parameters):
-        return None
-    wanted = state.parameters[: state.swap.inputs]
-    for name, value in named.items():
-        if name not in wanted and name not in _NEUTRAL and value is not None and value is not False:
-            return None
-    inputs = [named.get(name) for name in wanted]
-    return inputs if all(isinstance(value, Tensor) for value in inputs) else None
-
-
-def _call_original(module: nn.Module, before: Any | None, *args: Any, **kwargs: Any) -> Any:
-    return type(module).forward(module, *args, **kwargs) if before is None else before(*args, **kwargs)
 
 
 def _equal(actual: Tensor, expected: Tensor) -> bool:

@@ -6,7 +6,6 @@ Modules are told by their children's names and by what these are, not by their c
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,13 +14,19 @@ from torch import Tensor, nn
 from ... import ops
 from ...nn import functional
 from ...ops._algebra import ACTIVATIONS, activate
+from .swapped import (
+    DTYPES,
+    drops,
+    hooked,
+    is_swapped,
+    observed,
+    state_of,
+    unchanged,
+    weight_fits,
+)
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _TOKENS = 5
 _ACTIVATIONS = ("activation_fn", "act", "act_fn")
-
-STATE = "_vlmkern_swapped"
-"""Where a swapped module keeps its `Swapped`."""
 
 
 class Refused(Exception):
@@ -34,12 +39,16 @@ class Swap:
     Attributes:
         name: what a swapped module becomes, for the report.
         linears: children that must be plain linear layers; all of them make a candidate.
+        called: children that are called as before, whatever they are.
         inputs: how many tensors it takes.
+        rank: how many dimensions these have, where the original says.
     """
 
     name: str
     linears: tuple[str, ...]
+    called: tuple[str, ...] = ()
     inputs = 1
+    rank: int | None = None
 
     def recognises(self, module: nn.Module) -> bool:
         """Whether a module looks like one of this kind."""
@@ -53,13 +62,16 @@ class Swap:
             if type(child) is not nn.Linear:
                 kind = type(child)
                 raise Refused(f"{name} is a {kind.__module__}.{kind.__qualname__}, not a plain linear layer")
-            if _hooked(child):
-                raise Refused(f"{name} has hooks, which would not run")
         for name, child in module.named_children():
             if name not in self.linears and name not in self.others(module) and not _does_nothing(child):
                 raise Refused(f"{name} ({type(child).__name__}) is no part of such a module")
+        for each in self.stands_for(module):
+            for name, child in each.named_children():
+                if name not in self.called and observed(child):
+                    what = "hooks" if hooked(child) else "a forward of its own"
+                    raise Refused(f"{name} has {what}, which would not run")
         weight = self.weight(module)
-        if weight.dtype not in _DTYPES:
+        if weight.dtype not in DTYPES:
             raise Refused(f"{weight.dtype} has no kernels")
         if weight.device.type not in ("cpu", "cuda"):
             raise Refused(f"there are no kernels for {weight.device.type}")
@@ -77,43 +89,46 @@ class Swap:
         weight = self.weight(module)
         return (example((2, _TOKENS, weight.shape[-1]), weight),)
 
-    def activation(self, module: nn.Module) -> tuple[Callable[[Tensor], Tensor], str] | None:
-        """The module's activation and its name in `ops.linear`; None where the kind has none."""
+    def stands_for(self, module: nn.Module) -> tuple[nn.Module, ...]:
+        """The modules that the ops run in place of, whose children they do not call."""
+        return (module,)
+
+    def kernel(self, module: nn.Module) -> str | None:
+        """What `ops.linear` calls the module's activation; None where the kind has none."""
         return None
 
+    def facts(self, module: nn.Module) -> tuple[Any, ...]:
+        """What the result rests on beside parameters, children and settings."""
+        return ()
+
     def covers(self, module: nn.Module, x: Tensor, *rest: Tensor) -> bool:
-        """Whether this call can run on the ops: the module may have changed since it was swapped."""
-        for name in self.linears:
-            child = module._modules[name]
-            if type(child) is not nn.Linear or _hooked(child):
+        """Whether a call that is `on_ops` can run on them: the module may have changed since it was swapped."""
+        if self.rank is not None and x.dim() != self.rank:
+            return False
+        state = state_of(module)
+        if state.class_forward is not None and type(module).forward is not state.class_forward:
+            return False
+        # plain loops: these are most of what a call costs beside its ops
+        for now, then in zip(self.facts(module), state.facts, strict=True):
+            if now is not then and now != then:
                 return False
-        # the original forward is where transformers checkpoints a block, with its swapped parts inside
-        differs_in_training = _drops(module) or getattr(module, "gradient_checkpointing", False)
-        on_ops = x.device.type in ("cpu", "cuda") and x.dtype in _DTYPES
-        return on_ops and not (module.training and differs_in_training)
+        for each, seen in zip(self.stands_for(module), state.seen, strict=True):
+            if not unchanged(each, seen):
+                return False
+        for child in self.weighted(module):
+            if not weight_fits(child, x):
+                return False
+        # the original forward is where some models checkpoint a block, with its swapped parts inside
+        checkpoints = module.training and module.__dict__.get("gradient_checkpointing", False)
+        return not checkpoints and not drops(module)
+
+    def weighted(self, module: nn.Module) -> list[nn.Module]:
+        """The children whose weights the ops read."""
+        return [module._modules[name] for name in self.linears]
 
     def compute(self, module: nn.Module, *inputs: Tensor) -> Tensor:
         """The module's result, by the ops."""
         raise NotImplementedError
-
-
-@dataclass(frozen=True)
-class Swapped:
-    """What a swapped module knows of itself.
-
-    Attributes:
-        swap: its kind.
-        returns: length of the tuple that the original returns, None for a bare tensor.
-        parameters: names of the original's parameters, as far as they can be given by position.
-        before: a forward that the instance had of its own.
-        activation: the module's activation and the name that `ops.linear` has for it.
-    """
-
-    swap: Swap
-    returns: int | None
-    parameters: tuple[str, ...]
-    before: Callable[..., Any] | None
-    activation: tuple[Callable[[Tensor], Tensor], str] | None
 
 
 class SelfAttention(Swap):
@@ -121,6 +136,10 @@ class SelfAttention(Swap):
 
     name = "attention on vlmkern.ops.attention and linear"
     linears = ("q_proj", "k_proj", "v_proj", "out_proj")
+    rank = 3
+
+    def facts(self, module: nn.Module) -> tuple[Any, ...]:
+        return _asked_of_attention(module)
 
     def check(self, module: nn.Module) -> None:
         _refuse_causal(module)
@@ -137,6 +156,10 @@ class FusedSelfAttention(Swap):
 
     name = SelfAttention.name
     linears = ("qkv_w", "out")
+    rank = 3
+
+    def facts(self, module: nn.Module) -> tuple[Any, ...]:
+        return _asked_of_attention(module)
 
     def check(self, module: nn.Module) -> None:
         _refuse_causal(module)
@@ -172,15 +195,18 @@ class MLP(Swap):
     def others(self, module: nn.Module) -> tuple[str, ...]:
         return _ACTIVATIONS
 
-    def activation(self, module: nn.Module) -> tuple[Callable[[Tensor], Tensor], str] | None:
+    def stands_for(self, module: nn.Module) -> tuple[nn.Module, ...]:
+        return _with_activation(module)
+
+    def kernel(self, module: nn.Module) -> str | None:
         return _known_activation(module)
 
-    def covers(self, module: nn.Module, x: Tensor, *rest: Tensor) -> bool:
-        return super().covers(module, x) and _activation(module) is _state(module).activation[0]
+    def facts(self, module: nn.Module) -> tuple[Any, ...]:
+        return (_activation(module),)
 
     def compute(self, module: nn.Module, x: Tensor, residual: Tensor | None = None) -> Tensor:
         up, down = (_projection(getattr(module, name)) for name in self.linears)
-        return functional.mlp(x, up, down, _state(module).activation[1], residual)
+        return functional.mlp(x, up, down, state_of(module).kernel, residual)
 
     def _widths(self, module: nn.Module) -> float:
         """How many times as wide the first layer's result is as the second's input; 0 if they do not say."""
@@ -197,11 +223,14 @@ class SwiGLU(Swap):
     def others(self, module: nn.Module) -> tuple[str, ...]:
         return _ACTIVATIONS
 
-    def activation(self, module: nn.Module) -> tuple[Callable[[Tensor], Tensor], str] | None:
+    def stands_for(self, module: nn.Module) -> tuple[nn.Module, ...]:
+        return _with_activation(module)
+
+    def kernel(self, module: nn.Module) -> str | None:
         return _silu(module)
 
-    def covers(self, module: nn.Module, x: Tensor, *rest: Tensor) -> bool:
-        return super().covers(module, x) and _activation(module) is _state(module).activation[0]
+    def facts(self, module: nn.Module) -> tuple[Any, ...]:
+        return (_activation(module),)
 
     def compute(self, module: nn.Module, x: Tensor) -> Tensor:
         return functional.swiglu(x, *(_projection(getattr(module, name)) for name in self.linears))
@@ -218,7 +247,7 @@ class FusedSwiGLU(MLP):
     def recognises(self, module: nn.Module) -> bool:
         return Swap.recognises(self, module) and self._widths(module) == 2
 
-    def activation(self, module: nn.Module) -> tuple[Callable[[Tensor], Tensor], str] | None:
+    def kernel(self, module: nn.Module) -> str | None:
         return _silu(module)
 
     def compute(self, module: nn.Module, x: Tensor) -> Tensor:
@@ -234,6 +263,7 @@ class Block(Swap):
 
     def __init__(self, attention_norm: str, attention: str, mlp_norm: str, mlp: str) -> None:
         self.parts = (attention_norm, attention, mlp_norm, mlp)
+        self.called = (attention_norm,)
 
     def recognises(self, module: nn.Module) -> bool:
         return all(module._modules.get(name) is not None for name in self.parts)
@@ -243,7 +273,7 @@ class Block(Swap):
         for name in (attention_norm, mlp_norm):
             if type(getattr(module, name)) is not nn.LayerNorm:
                 raise Refused(f"{name} is a {type(getattr(module, name)).__name__}, not a LayerNorm")
-        if not all(_swap_of(part) for part in self._summands(module)):
+        if not all(is_swapped(part) for part in self._summands(module)):
             raise Refused("its attention or its MLP is not swapped")
         super().check(module)
 
@@ -254,24 +284,24 @@ class Block(Swap):
         return getattr(module, self.parts[0]).weight
 
     def covers(self, module: nn.Module, x: Tensor, *rest: Tensor) -> bool:
-        return (
-            super().covers(module, x)
-            and type(getattr(module, self.parts[2])) is nn.LayerNorm
-            and all((swap := _swap_of(part)) and swap.covers(part, x) for part in self._summands(module))
-            and not any(_hooked(part) for part in self._summands(module))
+        return super().covers(module, x) and all(
+            is_swapped(part) and state_of(part).swap.covers(part, x) for part in self._summands(module)
         )
 
+    def weighted(self, module: nn.Module) -> list[nn.Module]:
+        return [module._modules[self.parts[2]]]
+
     def compute(self, module: nn.Module, x: Tensor) -> Tensor:
-        attention_norm, mlp_norm = (getattr(module, name) for name in (self.parts[0], self.parts[2]))
+        attention_norm, mlp_norm = (module._modules[name] for name in (self.parts[0], self.parts[2]))
 
         def of(part: nn.Module) -> Any:
-            return lambda normed, residual: _swap_of(part).compute(part, normed, residual)
+            return lambda normed, residual: state_of(part).swap.compute(part, normed, residual)
 
         attention, mlp = self._summands(module)
         return functional.pre_norm_block(x, attention_norm, of(attention), mlp_norm, of(mlp))
 
     def _summands(self, module: nn.Module) -> tuple[nn.Module, nn.Module]:
-        return getattr(module, self.parts[1]), getattr(module, self.parts[3])
+        return module._modules[self.parts[1]], module._modules[self.parts[3]]
 
 
 class Connector(Swap):
@@ -279,7 +309,9 @@ class Connector(Swap):
 
     name = "connector on vlmkern.ops.attention_pool"
     linears = ()
+    called = ("projector",)
     inputs = 2
+    rank = 4
     _pooling = ("q_w", "kv_w", "out")
 
     def recognises(self, module: nn.Module) -> bool:
@@ -311,10 +343,15 @@ class Connector(Swap):
         masks = torch.tensor([0.0, 0.5, 1.0, -1.0], device=features.device).repeat(rows * columns)
         return features, masks[: 2 * rows * columns].view(1, 2, -1)
 
+    def stands_for(self, module: nn.Module) -> tuple[nn.Module, ...]:
+        return module, module.pooling
+
     def covers(self, module: nn.Module, x: Tensor, *rest: Tensor) -> bool:
-        linears = [getattr(module.pooling, name) for name in self._pooling]
-        plain = all(type(child) is nn.Linear and not _hooked(child) for child in linears)
-        return plain and not _hooked(module.pooling) and super().covers(module, x)
+        # the original takes whatever broadcasts
+        return rest[0].shape == x.shape[:-1] and super().covers(module, x)
+
+    def weighted(self, module: nn.Module) -> list[nn.Module]:
+        return [module.pooling._modules[name] for name in self._pooling]
 
     def compute(self, module: nn.Module, features: Tensor, masks: Tensor) -> Tensor:
         pooling = module.pooling
@@ -368,31 +405,9 @@ def _projection(linear: nn.Linear) -> functional.Projection:
     return linear.weight, linear.bias
 
 
-def _state(module: nn.Module) -> Swapped:
-    return module.__dict__[STATE]
-
-
-def _swap_of(module: nn.Module) -> Swap | None:
-    """The kind that a module is swapped as now."""
-    state = module.__dict__.get(STATE)
-    return None if state is None else state.swap
-
-
-def _hooked(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
-
-
 def _does_nothing(module: nn.Module) -> bool:
-    """Whether a module passes its input on, at least in evaluation (`_drops` sees to training)."""
-    return isinstance(module, (nn.Identity, nn.Dropout)) and not list(module.parameters())
-
-
-def _drops(module: nn.Module) -> bool:
-    if isinstance(getattr(module, "dropout", None), float) and module.dropout > 0:
-        return True
-    return any(isinstance(child, nn.Dropout) and child.p > 0 for child in module.children())
+    """Whether a module passes its input on, at least in evaluation (`drops` sees to training)."""
+    return type(module) in (nn.Identity, nn.Dropout)
 
 
 def _refuse_causal(module: nn.Module) -> None:
@@ -420,16 +435,29 @@ def _scale(module: nn.Module) -> float | None:
     return None
 
 
+def _asked_of_attention(module: nn.Module) -> tuple[Any, ...]:
+    """What a model's user can ask of attention without touching the module."""
+    config = module.__dict__.get("config")
+    return getattr(config, "_attn_implementation", None), module.__dict__.get("is_causal")
+
+
 def _activation(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
     for name in _ACTIVATIONS:
-        function = getattr(module, name, None)
+        function = module._modules.get(name)
+        if function is None:
+            function = module.__dict__.get(name)
         if callable(function):
             return function
     return None
 
 
-def _known_activation(module: nn.Module) -> tuple[Callable[[Tensor], Tensor], str]:
-    """A module's activation and which of those in `ops.linear` it is, found out by its values."""
+def _with_activation(module: nn.Module) -> tuple[nn.Module, ...]:
+    function = _activation(module)
+    return (module, function) if isinstance(function, nn.Module) else (module,)
+
+
+def _known_activation(module: nn.Module) -> str:
+    """Which of the activations in `ops.linear` a module's is, found out by its values."""
     function = _activation(module)
     if function is None:
         raise Refused("it has no activation under a known name")
@@ -439,12 +467,12 @@ def _known_activation(module: nn.Module) -> tuple[Callable[[Tensor], Tensor], st
             values = function(x)
         for name in ACTIVATIONS[1:]:
             if torch.allclose(values, activate(x, name), rtol=0, atol=1e-6):
-                return function, name
+                return name
     raise Refused(f"its activation, {type(function).__name__}, has no kernel")
 
 
-def _silu(module: nn.Module) -> tuple[Callable[[Tensor], Tensor], str]:
-    function, name = _known_activation(module)
+def _silu(module: nn.Module) -> str:
+    name = _known_activation(module)
     if name != "silu":
         raise Refused(f"its gate's activation is {name}, not silu")
-    return function, name
+    return name
