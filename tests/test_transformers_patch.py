@@ -269,7 +269,6 @@ def test_left_alone_and_reported(change, reason):
     assert reason in str(report)
 
 
-@pytest.mark.xfail(strict=False, reason="the ops' own path for bfloat16 without oneDNN's")
 def test_bfloat16_where_torch_has_none():
     """AVX2 alone: oneDNN refuses bfloat16 products there, and torch has its own."""
     program = """
