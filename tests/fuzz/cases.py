@@ -347,9 +347,9 @@ def backward_op(op: str, arena: Arena, note: Callable[[str], None]) -> str:
     problem = problems.make(op, arena)
     while problem.kind in ("nan", "inf"):
         problem = problems.make(op, Arena(arena.draw))
+    note(problem.describe())
     call = faults.backward_call(problem)
     if arena.draw.chance(0.3):
-        note(problem.describe())
         call.judge(call.run())
         return PASSED
     what = call.spoil()

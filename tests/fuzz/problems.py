@@ -224,7 +224,7 @@ class Maker:
 
     def linear(self) -> dict[str, Any]:
         draw = self.draw
-        rows, inputs, outputs = self.rows(), draw.size(260, zero=True), draw.size(80, zero=True)
+        rows, inputs, outputs = self.rows(), draw.size(260, zero=True), draw.size(130, zero=True)
         return {
             "x": self.tensor("x", [*rows, inputs]),
             "weight": self.tensor("weight", [outputs, inputs], max(inputs, 1) ** -0.5),

@@ -65,7 +65,8 @@ class Shaken(Exact):
             return x
         own = max(self._computed * sum_size(x), self._stored if stored else 0.0)
         moved = self._random(x.shape) * own + self._random([*x.shape[:-1], 1]) * 8 * self._computed
-        return x * (1 + moved) + self._random(x.shape) * self._floor
+        floor = max(self._floor, self._subnormal) if stored else self._floor
+        return x * (1 + moved) + self._random(x.shape) * floor
 
     def _random(self, shape: torch.Size | list[int]) -> Tensor:
         return torch.rand(shape, generator=self._generator, dtype=torch.float64) * 2 - 1
