@@ -86,7 +86,7 @@ def gradient(op: str, arena: Arena, note: Callable[[str], None]) -> str:
         return outcome
     written = draw.chance(0.25)
     if written:
-        outputs = tuple(y if any(y is t for t in leaves.values()) else y.add_(1) for y in outputs)
+        outputs = tuple(y if any(y is t for t in trained.tensors().values()) else y.add_(1) for y in outputs)
     arena.seal()
     pairs = [(y, g) for y, g in zip(outputs, grads, strict=True) if g is not None and y.requires_grad]
     try:
