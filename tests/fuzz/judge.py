@@ -100,9 +100,9 @@ def nan_like_plain(results: Iterable[Tensor], plain: Iterable[Tensor]) -> None:
 
 def same_bits(name: str, first: Tensor, second: Tensor) -> None:
     """Raises Failure unless two results of one call are the same to the bit."""
-    a, b = (
-        t.detach().flatten().clone(memory_format=torch.contiguous_format).view(torch.uint8) for t in (first, second)
-    )
+    # a copy: one element alone may have any stride, which its bytes cannot
+    copies = (t.detach().flatten().clone(memory_format=torch.contiguous_format) for t in (first, second))
+    a, b = (t.view(torch.uint8) for t in copies)
     if not torch.equal(a, b):
         change = (first.double() - second.double()).abs().nan_to_num(0).max().item()
         raise Failure(f"{name}: another result when called again, by up to {change:.3g}")

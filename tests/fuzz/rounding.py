@@ -60,10 +60,11 @@ class Shaken(Exact):
 
     def argument(self, x: Tensor, *, stored: bool) -> Tensor:
         """An input, as if it had been rounded: that moves sums over its rows as their own roundings do, which grow with
-        the root of the length. A share is the same for all of a row, as the roundings of sums of equal terms are."""
+        the root of the length. A share is the same for all of a row, as the roundings of sums of equal terms are, which all
+        go one way."""
         if x.numel() == 0:
             return x
-        shared = 8.0 * (sum_size(x) if bool((x == x[..., :1]).all()) else 1.0)
+        shared = max(8, x.shape[-1]) if bool((x == x[..., :1]).all()) else 8
         own = max(self._computed * sum_size(x), self._stored if stored else 0.0)
         moved = self._random(x.shape) * own + self._random([*x.shape[:-1], 1]) * shared * self._computed
         floor = max(self._floor, self._subnormal) if stored else self._floor
