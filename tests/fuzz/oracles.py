@@ -41,7 +41,8 @@ def activate(x: Tensor, activation: str) -> Tensor:
 
 def linear(a: Arguments, r: Exact) -> tuple[Tensor, ...]:
     y = r.stored(product(a["x"], a["weight"], a["bias"]))
-    y = r.stored(activate(y, a["activation"]))
+    # the library's approximations of gelu are right to 1e-5 of the result
+    y = r.stored(r.computed(activate(y, a["activation"]), 64.0 if "gelu" in a["activation"] else 1.0))
     return (y if a["residual"] is None else r.stored(y + a["residual"]),)
 
 

@@ -60,8 +60,8 @@ class Shaken(Exact):
 
     def argument(self, x: Tensor, *, stored: bool) -> Tensor:
         """An input, as if it had been rounded: that moves sums over its rows as their own roundings do, which grow with
-        the root of the length. A share is the same for all of a row, as the roundings of sums of equal terms are, which all
-        go one way."""
+        the root of the length. A share is the same for all of a row: the roundings of sums of equal terms all go one
+        way."""
         if x.numel() == 0:
             return x
         shared = max(8, x.shape[-1]) if bool((x == x[..., :1]).all()) else 8
