@@ -1,4 +1,4 @@
-"""Native kernels against the reference on random shapes, strides, offsets and segment layouts.
+"""Native kernels against the reference in float64 on random shapes, strides, offsets and segment layouts.
 
 `HYPOTHESIS_PROFILE=thorough` tries 400 examples of each property instead of 40.
 """
@@ -24,7 +24,8 @@ LIMITS = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 
 @st.composite
 def strided(draw, shape, dtype):
-    """A tensor of the shape inside a larger one, at an offset, its last stride 1, filled with NaN around it."""
+    """A tensor of the shape inside a larger one, at an offset, filled with NaN around it. Its last stride is 1, unless
+    it has one dimension."""
     before = [draw(st.integers(0, 2)) for _ in shape]
     after = [draw(st.integers(0, 2)) for _ in shape]
     order = draw(st.permutations(range(len(shape) - 1)))
@@ -32,15 +33,23 @@ def strided(draw, shape, dtype):
     stored = torch.full([outer[i] for i in order] + outer[-1:], torch.nan, dtype=dtype)
     view = stored.permute([order.index(i) for i in range(len(order))] + [len(order)])
     view = view[tuple(slice(b, b + n) for b, n in zip(before, shape, strict=True))]
+    if len(shape) == 1:
+        step = draw(st.integers(1, 3))
+        view = torch.full([before[0] + shape[0] * step], torch.nan, dtype=dtype)[before[0] :: step]
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     return view.copy_(torch.randn(shape, generator=generator))
 
 
-def compare(call, dtype):
+def exact(tensors):
+    """Dense, in float64."""
+    return [x if x is None else x.detach().to(torch.float64).contiguous() for x in tensors]
+
+
+def compare(function, dtype, *inputs):
     with vlmkern.use_backend("native"):
-        actual = call()
+        actual = function(*inputs)
     with vlmkern.use_backend("reference"):
-        expected = call()
+        expected = function(*exact(inputs))
     close(actual, expected, dtype)
 
 
@@ -54,9 +63,9 @@ def compare_gradients(function, grad, *inputs):
     with vlmkern.use_backend("native"):
         actual = gradients(inputs, grad)
     with vlmkern.use_backend("reference"):
-        expected = gradients([x.double() for x in inputs], grad.double())
+        expected = gradients(exact(inputs), *exact([grad]))
     for a, e in zip(actual, expected, strict=True):
-        close(a, e.to(a.dtype), a.dtype)
+        close(a, e, a.dtype)
 
 
 def compare_attention_gradients(tensors, data, *segments):
@@ -66,29 +75,30 @@ def compare_attention_gradients(tensors, data, *segments):
     scale = data.draw(st.sampled_from([1.0, -0.5, 0.0])) * q.shape[-1] ** -0.5
     last = (scale, *(segments or (None, None)))
     saved = (grad, q, k, v, *native.attention(q, k, v, *last))
-    expected = reference.attention_bwd(*(x.double() for x in saved), *last)
+    expected = reference.attention_bwd(*exact(saved), *last)
     for a, e in zip(native.attention_bwd(*saved, *last), expected, strict=True):
-        close(a, e.to(a.dtype), a.dtype)
+        close(a, e, a.dtype)
 
 
 def close(actual, expected, dtype):
     assert actual.shape == expected.shape and actual.is_contiguous() and actual.dtype == dtype
     scale = expected.abs().max().clamp(min=1.0) if expected.numel() else 1.0
-    torch.testing.assert_close(actual / scale, expected / scale, rtol=0, atol=LIMITS[dtype])
+    torch.testing.assert_close(actual.double() / scale, expected / scale, rtol=0, atol=LIMITS[dtype])
 
 
 @given(st.data(), DTYPES, st.tuples(st.integers(0, 3), st.integers(0, 70), st.integers(1, 3), st.integers(1, 90)))
 def test_attention_dense(data, dtype, shape):
     q, k, v = (data.draw(strided(shape, dtype)) for _ in range(3))
     scale = data.draw(st.sampled_from([None, 0.3, -0.4, 0.0]))
-    compare(lambda: ops.attention(q, k, v, scale=scale), dtype)
+    compare(lambda q, k, v: ops.attention(q, k, v, scale=scale), dtype, q, k, v)
 
 
 @given(st.data(), DTYPES, st.lists(st.integers(0, 50), max_size=6), st.integers(1, 3), st.integers(1, 90))
 def test_attention_packed(data, dtype, lengths, heads, dim):
     q, k, v = (data.draw(strided((sum(lengths), heads, dim), dtype)) for _ in range(3))
     bounds = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
-    compare(lambda: ops.attention(q, k, v, cu_seqlens=bounds, max_seqlen=max(lengths, default=0)), dtype)
+    longest = max(lengths, default=0)
+    compare(lambda q, k, v: ops.attention(q, k, v, cu_seqlens=bounds, max_seqlen=longest), dtype, q, k, v)
 
 
 @given(st.data(), DTYPES, st.tuples(st.integers(0, 3), st.integers(0, 70), st.integers(1, 3), st.integers(1, 90)))
@@ -116,14 +126,28 @@ def test_linear_gradients(data, dtype, rows, inputs, outputs, activation):
 def test_linear_few_rows(data, dtype, rows, inputs, outputs, bias):
     x, weight = data.draw(strided((rows, inputs), dtype)), data.draw(strided((outputs, inputs), dtype))
     b = data.draw(strided((outputs,), dtype)) if bias else None
-    compare(lambda: ops.linear(x, weight, b), dtype)
+    compare(ops.linear, dtype, x, weight, b)
 
 
-@given(st.data(), DTYPES, st.integers(0, 20), st.integers(1, 20), st.integers(1, 70))
-def test_swiglu_mlp(data, dtype, rows, inputs, features):
+@given(st.data(), DTYPES, st.integers(5, 20), st.integers(1, 40), st.integers(1, 40), st.sampled_from(ACTIVATIONS))
+def test_linear_many_rows(data, dtype, rows, inputs, outputs, activation):
+    assume(dtype != torch.float16)
+    x, weight, bias, residual = (
+        data.draw(strided(shape, dtype)) for shape in ((rows, inputs), (outputs, inputs), (outputs,), (rows, outputs))
+    )
+    compare(lambda x, w, b, r: ops.linear(x, w, b, activation=activation, residual=r), dtype, x, weight, bias, residual)
+
+
+@given(st.data(), DTYPES, st.integers(0, 20), st.integers(1, 20), st.integers(1, 70), st.booleans())
+def test_swiglu_mlp(data, dtype, rows, inputs, features, biases):
     x = data.draw(strided((rows, inputs), dtype))
     w_up, w_down = data.draw(strided((2 * features, inputs), dtype)), data.draw(strided((7, features), dtype))
-    compare(lambda: ops.swiglu_mlp(x, w_up, w_down), dtype)
+    b_up, b_down = (data.draw(strided((len(w),), dtype)) if biases else None for w in (w_up, w_down))
+    compare(
+        lambda x, w_up, w_down, b_up, b_down: ops.swiglu_mlp(x, w_up, w_down, b_up=b_up, b_down=b_down),
+        dtype,
+        *(x, w_up, w_down, b_up, b_down),
+    )
 
 
 @given(
@@ -159,24 +183,26 @@ def test_attention_pool(data, dtype, tiles_and_grid, window, heads_and_dims, lay
     assume(windows or not with_keep)
     keep = torch.tensor(data.draw(st.lists(st.integers(0, max(windows - 1, 0)), max_size=8)), dtype=torch.int64)
 
-    def call():
+    w_q, w_kv = w_q.mul_(width**-0.5), w_kv.mul_(width**-0.5)
+
+    def call(w_q, b_q, w_kv, b_kv, w_o, b_o, pad_embed, *features):
         return ops.attention_pool(
             features,
-            w_q * width**-0.5,
+            w_q,
             b_q,
-            w_kv * width**-0.5,
+            w_kv,
             b_kv,
             w_o,
             b_o,
             grid=tuple(grid),
             num_heads=heads,
             window=window,
-            pad_embed=pad_embed if with_mask else None,
+            pad_embed=pad_embed,
             mask=mask.view(tiles, patches) if with_mask else None,
             keep=keep if with_keep else None,
         )
 
     try:
-        compare(call, dtype)
+        compare(call, dtype, w_q, b_q, w_kv, b_kv, w_o, b_o, pad_embed if with_mask else None, *features)
     except vlmkern.BackendUnavailable as declined:
         assert "attention_pool" in str(declined)

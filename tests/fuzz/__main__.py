@@ -115,10 +115,11 @@ def outcomes(plan: list[dict], environment: dict[str, str]) -> Iterator[dict]:
         yield from map(json.loads, worker.stdout)
 
 
-def reproducer(record: dict, seed: int, isa: str) -> str:
+def reproducer(record: dict, seed: int, isa: str | None = None) -> str:
     """The command that runs one case again."""
-    mode = f" --mode {record['mode']}" if record["mode"] else ""
-    return f"python -m tests.fuzz --op {record['op']} --isa '{isa}' --seed {seed} --case {record['index']}{mode}"
+    command = f"python -m tests.fuzz --op {record['op']} --seed {seed} --case {record['index']}"
+    command += f" --mode {record['mode']}" if record["mode"] else ""
+    return command + (f" --isa '{isa}'" if isa else "")
 
 
 def _settings() -> dict[str, dict[str, str]]:

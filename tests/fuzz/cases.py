@@ -18,6 +18,7 @@ from . import faults, judge, problems
 from .generate import Arena, Draw
 from .judge import Failure
 from .problems import Judge, Problem
+from .rounding import Exact
 
 PASSED, DECLINED, REFUSED = "passed", "declined", "refused"
 
@@ -85,7 +86,7 @@ def gradient(op: str, arena: Arena, note: Callable[[str], None]) -> str:
         return outcome
     written = draw.chance(0.25)
     if written:
-        outputs = tuple(y if any(y is t for t in leaves.values()) else y.add_(1) for y in outputs)
+        outputs = tuple(y if any(y is t for t in trained.tensors().values()) else y.add_(1) for y in outputs)
     arena.seal()
     pairs = [(y, g) for y, g in zip(outputs, grads, strict=True) if g is not None and y.requires_grad]
     try:
@@ -160,7 +161,7 @@ def _jvp(problem: Problem, names: list[str], primals: list[Tensor], call: Callab
         return REFUSED
     exact = problem.upcast(torch.float64)
     _, expected = torch.func.jvp(
-        lambda *t: exact.with_tensors(dict(zip(names, t, strict=True))).oracle(problem.dtype, exact=True)[0],
+        lambda *t: exact.with_tensors(dict(zip(names, t, strict=True))).oracle(Exact(), problem.dtype)[0],
         tuple(exact.tensors()[name] for name in names),
         tuple(t.double() for t in tangents),
     )
@@ -213,7 +214,7 @@ def registered(op: str, arena: Arena, note: Callable[[str], None]) -> str:
         outputs = outputs[:1]
     if op == "attention" and problem.dtype in (torch.bfloat16, torch.float16):
         Judge(problem).outputs(outputs[:1])
-        exact = problem.upcast(torch.float64).oracle(problem.dtype, exact=True)[1]
+        exact = problem.upcast(torch.float64).oracle(Exact(), problem.dtype)[1]
         if outputs[1].dtype != torch.float32:
             raise Failure(f"lse: got {outputs[1].dtype}, expected torch.float32")
         _near_enough_lse(problem, outputs[1], exact)
@@ -344,11 +345,11 @@ def bad_argument(op: str, arena: Arena, note: Callable[[str], None]) -> str:
 def backward_op(op: str, arena: Arena, note: Callable[[str], None]) -> str:
     """The registered backward, right for good arguments and an error for bad ones."""
     problem = problems.make(op, arena)
-    if problem.kind in ("nan", "inf"):
+    while problem.kind in ("nan", "inf"):
         problem = problems.make(op, Arena(arena.draw))
+    note(problem.describe())
     call = faults.backward_call(problem)
     if arena.draw.chance(0.3):
-        note(problem.describe())
         call.judge(call.run())
         return PASSED
     what = call.spoil()

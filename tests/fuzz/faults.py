@@ -233,7 +233,7 @@ class BackwardCall:
         if "keep" in a and draw.chance(0.2):
             index = draw.choice([-1, 2**40, 10**6])
             a["keep"] = torch.full((len(a["grad"]) if a["keep"] is not None else 1,), index)
-            a["grad"] = a["grad"].reshape(-1, a["grad"].shape[-1])[: len(a["keep"])]
+            a["grad"] = a["grad"].flatten(0, -2)[: len(a["keep"])]
             if len(a["grad"]):
                 return f"keep {index}"
         if a.get("cu_seqlens") is not None and a["cu_seqlens"].numel() > 1 and draw.chance(0.2):

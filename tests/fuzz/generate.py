@@ -92,6 +92,8 @@ class Arena:
         """A view of random strides that holds the values in `dtype`. Views whose elements overlap hold other values
         than those given, of the same kind; there are none with `distinct`. `plain`: dense, in a buffer of its own."""
         draw, shape = self.draw, tuple(values.shape)
+        if dtype.is_floating_point:
+            values = values.clamp(-torch.finfo(dtype).max, torch.finfo(dtype).max)
         style = draw.choices(("dense", "strided", "expanded", "overlapping"), (45, 40, 9, 6))[0]
         if plain or (distinct and style in ("expanded", "overlapping")) or values.dim() == 0 or values.numel() == 0:
             style = "dense"

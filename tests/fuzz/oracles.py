@@ -1,22 +1,21 @@
-"""What the ops compute, written down from their docstrings alone, for any floating dtype.
+"""What the ops compute, written down from their docstrings alone.
 
-Arguments come upcast: to float64 for the exact result, to float32 for what plain torch would give. `rounded` is what
-happens to values that are stored on the way: nothing for the exact result, a cast to the tensors' dtype and back for
-plain torch. Autograd differentiates both.
+Arguments come upcast: to float64 for the exact result, to float32 for what plain torch would give. `r` says what
+becomes of values on the way: see `rounding`. Autograd differentiates everything here.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Round = Callable[[Tensor], Tensor]
+from .rounding import Exact, Plain, sum_size
+
 Arguments = dict[str, Any]
 _TORCH_GELU = {"gelu": "none", "gelu_tanh": "tanh"}
 
@@ -40,26 +39,34 @@ def activate(x: Tensor, activation: str) -> Tensor:
     return x
 
 
-def linear(a: Arguments, rounded: Round) -> tuple[Tensor, ...]:
-    y = rounded(product(a["x"], a["weight"], a["bias"]))
-    y = rounded(activate(y, a["activation"]))
-    return (y if a["residual"] is None else rounded(y + a["residual"]),)
+def linear(a: Arguments, r: Exact) -> tuple[Tensor, ...]:
+    y = r.stored(product(a["x"], a["weight"], a["bias"]))
+    # the library's approximations of gelu are right to 1e-5 of the result
+    y = r.stored(r.computed(activate(y, a["activation"]), 64.0 if "gelu" in a["activation"] else 1.0))
+    return (y if a["residual"] is None else r.stored(y + a["residual"]),)
 
 
-def swiglu_mlp(a: Arguments, rounded: Round) -> tuple[Tensor, ...]:
-    up = rounded(product(a["x"], a["w_up"], a["b_up"]))
+def swiglu_mlp(a: Arguments, r: Exact) -> tuple[Tensor, ...]:
+    up = r.stored(product(a["x"], a["w_up"], a["b_up"]))
     features = a["w_down"].shape[1]
     value, gate = up[..., :features], up[..., features:]
-    hidden = rounded(rounded(activate(gate, "silu")) * value)
-    return (rounded(product(hidden, a["w_down"], a["b_down"])),)
+    hidden = r.stored(r.stored(activate(gate, "silu")) * value)
+    return (r.stored(product(hidden, a["w_down"], a["b_down"])),)
 
 
-def add_layer_norm(a: Arguments, rounded: Round, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """The statistics are those of the sum as rounded to `dtype`; gradients pass through that rounding."""
+def add_layer_norm(a: Arguments, r: Exact, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """The statistics are those of the sum as rounded to `dtype`; gradients pass through that rounding. As plain torch,
+    it is torch's own layer norm, which keeps its statistics, and sums of gradients, in that dtype."""
+    if isinstance(r, Plain):
+        x, residual, weight, bias = (
+            None if a[name] is None else a[name].to(dtype) for name in ("x", "residual", "weight", "bias")
+        )
+        summed = x if residual is None else x + residual
+        return F.layer_norm(summed, summed.shape[-1:], weight, bias, a["eps"]), summed
     exact_sum = a["x"] if a["residual"] is None else a["x"] + a["residual"]
     stored = exact_sum.detach().to(dtype).to(exact_sum.dtype)
     summed = exact_sum + (stored - exact_sum.detach())
-    mean = summed.mean(-1, keepdim=True)
+    mean = r.computed(summed.mean(-1, keepdim=True), 8 * sum_size(summed))
     centred = summed - mean
     variance = (centred * centred).mean(-1, keepdim=True)
     normed = centred / torch.sqrt(variance + a["eps"])
@@ -67,23 +74,23 @@ def add_layer_norm(a: Arguments, rounded: Round, dtype: torch.dtype) -> tuple[Te
         normed = normed * a["weight"]
     if a["bias"] is not None:
         normed = normed + a["bias"]
-    return rounded(normed), exact_sum
+    return r.stored(normed), exact_sum
 
 
-def attention(a: Arguments, rounded: Round) -> tuple[Tensor, ...]:
+def attention(a: Arguments, r: Exact) -> tuple[Tensor, ...]:
     """The output and the log-sum-exp of the scores, [B, H, N] or [H, T]."""
     q, k, v, scale = a["q"], a["k"], a["v"], a["scale"]
     if scale is None:
         scale = 1 / math.sqrt(q.shape[-1])
     if a["cu_seqlens"] is None:
-        parts = [_softmax_attention(q[b], k[b], v[b], scale, rounded) for b in range(q.shape[0])]
+        parts = [_softmax_attention(q[b], k[b], v[b], scale, r) for b in range(q.shape[0])]
         if not parts:
             return q * 0, q.new_zeros(q.shape[0], q.shape[2], q.shape[1])
         outs, lses = zip(*parts, strict=True)
         return torch.stack(outs), torch.stack(lses)
     bounds = a["cu_seqlens"].tolist()
     parts = [
-        _softmax_attention(q[start:end], k[start:end], v[start:end], scale, rounded)
+        _softmax_attention(q[start:end], k[start:end], v[start:end], scale, r)
         for start, end in itertools.pairwise(bounds)
     ]
     if not parts:
@@ -92,7 +99,7 @@ def attention(a: Arguments, rounded: Round) -> tuple[Tensor, ...]:
     return torch.cat(outs), torch.cat(lses, dim=1)
 
 
-def _softmax_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, rounded: Round) -> tuple[Tensor, Tensor]:
+def _softmax_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, r: Exact) -> tuple[Tensor, Tensor]:
     """One segment, [N, H, D]."""
     if q.numel() == 0:
         return q * 0, q.new_zeros(q.shape[1], q.shape[0])
@@ -100,30 +107,61 @@ def _softmax_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, rounded: R
     highest = scores.detach().amax(-1, keepdim=True)
     weights = torch.exp(scores - highest)
     total = weights.sum(-1, keepdim=True)
-    out = torch.einsum("hqk,khd->qhd", rounded(weights / total), v)
-    return rounded(out), (highest + total.log())[..., 0]
+    lse = highest + total.log()
+    # backwards make the weights again from the log-sum-exp, with its rounding
+    total = r.computed(total, 1 + lse.detach().abs())
+    out = torch.einsum("hqk,khd->qhd", r.stored(r.computed(weights / total)), v)
+    return r.stored(out), lse[..., 0]
 
 
-def attention_pool(a: Arguments, rounded: Round) -> tuple[Tensor, ...]:
-    windows = _windows(a)
-    if a["keep"] is not None:
-        windows = windows[a["keep"]]
-    heads, keys = a["num_heads"], a["w_q"].shape[0]
-    query = rounded(product(rounded(windows.mean(1)), a["w_q"], a["b_q"]))
-    projected = rounded(product(windows, a["w_kv"], a["b_kv"]))
-    key, value = projected[..., :keys], projected[..., keys:]
-    count, slots = windows.shape[:2]
-    query = query.reshape(count, heads, keys // heads)
-    key = key.reshape(count, slots, heads, keys // heads)
-    value = value.reshape(count, slots, heads, value.shape[-1] // heads)
-    scores = torch.einsum("whd,wjhd->whj", query, key) / math.sqrt(keys // heads)
-    weights = torch.softmax(scores, -1)
-    context = rounded(torch.einsum("whj,wjhd->whd", weights, value)).reshape(count, -1)
-    out = rounded(product(context, a["w_o"], a["b_o"]))
+def attention_range(a: Arguments) -> tuple[Tensor, Tensor]:
+    """The smallest and the largest value that each element of attention's result is a mean of."""
+    v = a["v"]
+    segments = v if a["cu_seqlens"] is None else [v[i:j] for i, j in itertools.pairwise(a["cu_seqlens"].tolist())]
+    bounds = [bound(s, 0, keepdim=True).expand_as(s) for bound in (torch.amin, torch.amax) for s in segments if len(s)]
+    join = torch.stack if a["cu_seqlens"] is None else torch.cat
+    half = len(bounds) // 2
+    return join(bounds[:half]), join(bounds[half:])
+
+
+def attention_score_bound(a: Arguments) -> float:
+    """No finite score is larger than this."""
+    (q, k), scale = (a[name].detach().nan_to_num(0, 0, 0) for name in "qk"), a["scale"]
+    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else abs(scale)
+    return float(scale * q.norm(dim=-1).max() * k.norm(dim=-1).max()) if q.numel() else 0.0
+
+
+def attention_pool(a: Arguments, r: Exact) -> tuple[Tensor, ...]:
+    query, key, value = _pool_projections(a, r)
+    scores = torch.einsum("whd,wjhd->whj", query, key)
+    weights = torch.exp(scores - scores.detach().amax(-1, keepdim=True))
+    weights = r.computed(weights / r.computed(weights.sum(-1, keepdim=True)))
+    context = r.stored(torch.einsum("whj,wjhd->whd", weights, value)).flatten(1)
+    out = r.stored(product(context, a["w_o"], a["b_o"]))
     if a["keep"] is None:
         tiles = a["features"][0].shape[0]
         out = out.reshape(tiles, _count(a["grid"], a["window"]), out.shape[-1])
     return (out,)
+
+
+def attention_pool_score_bound(a: Arguments) -> float:
+    """No finite score is larger than this."""
+    query, key, _ = (t.detach().nan_to_num(0, 0, 0) for t in _pool_projections(a, Exact()))
+    return float(query.norm(dim=-1).max() * key.norm(dim=-1).max()) if query.numel() else 0.0
+
+
+def _pool_projections(a: Arguments, r: Exact) -> tuple[Tensor, Tensor, Tensor]:
+    """Scaled queries [W, H, Dk], keys [W, slots, H, Dk] and values [W, slots, H, Dv] of the windows that are wanted."""
+    windows = _windows(a)
+    if a["keep"] is not None:
+        windows = windows[a["keep"]]
+    heads, keys, values = a["num_heads"], a["w_q"].shape[0], a["w_o"].shape[1]
+    count, slots = windows.shape[:2]
+    query = r.stored(product(r.stored(windows.mean(1)), a["w_q"], a["b_q"]))
+    projected = r.stored(product(windows, a["w_kv"], a["b_kv"]))
+    query = query.reshape(count, heads, keys // heads) / math.sqrt(keys // heads)
+    key = projected[..., :keys].reshape(count, slots, heads, keys // heads)
+    return query, key, projected[..., keys:].reshape(count, slots, heads, values // heads)
 
 
 def _count(grid: list[int], window: list[int]) -> int:
