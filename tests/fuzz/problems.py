@@ -372,8 +372,10 @@ def _gradients(
 ) -> list[Tensor]:
     leaves = {name: problem.tensors()[name].detach().requires_grad_() for name in names}
     outputs = problem.with_tensors(leaves).oracle(rounding, precision)
+    # dense: torch's gradient of gelu refuses rows that overlap
     up = [
-        None if g is None else rounding.computed(g.detach().to(y.dtype)) for y, g in zip(outputs, grads, strict=False)
+        None if g is None else rounding.computed(g.detach().contiguous().to(y.dtype))
+        for y, g in zip(outputs, grads, strict=False)
     ]
     if problem.op == "attention" and isinstance(rounding, Shaken):
         # backwards subtract rowsum(dO * O) with O as it was stored: its roundings are gradients of the log-sum-exp
