@@ -9,7 +9,8 @@ from support import assert_matches, load_arrays
 from vlmkern import use_backend
 from vlmkern.models.jina_vlm import JinaVLM
 from vlmkern.models.jina_vlm.decoder import token_positions
-from vlmkern.reference import attention_pool as pooling
+from vlmkern.ops import _windows as pooling
+from vlmkern.reference import attention_pool as reference
 
 
 @pytest.fixture(scope="module")
@@ -62,9 +63,9 @@ def check_vision(model, arrays):
             assert_matches(arrays, name, outputs[name])
 
     connector, pool = vision.vl_connector, vision.vl_connector.pooling
-    slots = pooling._slots(len(crops), pool.grid, pool.window, None, crops.device)
-    x = pooling._gather(features, slots, connector.pad_embed, masks)
-    attended = pooling._attend(
+    slots = pooling.find_slots(len(crops), pool.grid, pool.window, None, crops.device)
+    x = pooling.gather(features, slots, connector.pad_embed, masks)
+    attended = reference._attend(
         x, pool.q_w.weight, pool.q_b, pool.kv_w.weight, torch.cat([pool.k_b, pool.v_b]), pool.num_heads
     )
     assert_matches(arrays, "query", x.mean(1))

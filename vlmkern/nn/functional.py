@@ -72,7 +72,8 @@ def pre_norm_block(
     Args:
         attend, feed_forward: of a normed input and a residual to add, or None for none.
     """
-    if torch.is_autocast_enabled(x.device.type):
+    # torch has no autocast for tensors without memory, on which work is counted
+    if not x.is_meta and torch.is_autocast_enabled(x.device.type):
         if torch.get_autocast_dtype(x.device.type) != x.dtype:
             # the ops would round the residual to their products' dtype
             x = x + attend(attention_norm(x), None)
