@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 NATIVE := CMakeLists.txt $(shell find csrc -type f)
 
-.PHONY: setup demo test test-compat test-vllm fuzz bench report bench-compare gpu sanitize lint format dist clean
+.PHONY: setup demo test test-isas test-compat test-vllm fuzz bench report bench-compare gpu sanitize lint format dist clean
 
 setup: $(STAMP)
 
@@ -22,6 +22,13 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest
+
+# the op tests for each instruction set that the CPU has, and as on a CPU where torch has no bfloat16 products either
+OP_TESTS := $(foreach name,attention attention_pool linear swiglu_mlp add_layer_norm ops_in_torch packing native_properties fuzz,tests/test_$(name).py)
+test-isas: setup
+	set -e; for isa in $$($(BIN)/python -c "import vlmkern; print(*vlmkern.backends()['native']['isas'][:-1])"); do \
+	  echo "== $$isa"; VLMKERN_CPU_ISA=$$isa $(BIN)/python -m pytest -q $(OP_TESTS); done
+	VLMKERN_CPU_ISA=avx2 ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 $(BIN)/python -m pytest -q $(OP_TESTS)
 
 # the transformers tests with the oldest version that is supported, installed beside the others
 COMPAT := build/compat
