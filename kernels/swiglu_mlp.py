@@ -81,6 +81,8 @@ def _hidden_tile(
     o_x = tl.minimum(o_row, rows - 1)
     o_half = tl.arange(0, 2 * BLOCK_N)
     o_w = tl.minimum(i_col + o_half % BLOCK_N, features - 1) + o_half // BLOCK_N * features
+    # without it the compiler clears the accumulator between the products' start and end, which puts them in series
+    tl.assume(channels > 0)
     # value and gate side by side, so that one matrix instruction is as wide as the hardware has it
     b_acc = tl.zeros([BLOCK_M, 2 * BLOCK_N], tl.float32)
     for i_k in range(0, channels, BLOCK_K):
