@@ -6,6 +6,7 @@ import itertools
 
 import pytest
 import torch
+from strided import apart
 from support import LOW_PRECISION, low_precision_close
 
 import vlmkern
@@ -143,12 +144,6 @@ def test_decreasing_bounds_reach_nothing_outside_and_leave_nothing_unwritten(var
     out, lse = kernels.attention_fwd(q, k, v, 0.3, cu, T)
     gradients = kernels_bwd.attention_bwd(grad, q, k, v, out, lse, 0.3, cu, T)
     assert not lse.isnan().any() and all(x.isfinite().all() for x in (out, *gradients))
-
-
-def apart(x):
-    """The same values with NaN, or a number that is no bound, between them."""
-    filler = torch.full_like(x, torch.nan if x.is_floating_point() else 2**30)
-    return torch.stack([x, filler], -1).flatten(-2)[..., ::2]
 
 
 def test_strided_bounds_and_statistics(variant):
