@@ -253,21 +253,25 @@ def test_differences_between_scores_of_1e9_count(form):
     torch.testing.assert_close(out.double(), expected.view(1, 1, 1), rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize("keep", [None, [1, 5], [10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0, 11]])
-def test_strided_weights_biases_and_indices(form, keep):
-    problem = Problem(pad=True, keep=keep)
-    problem.mask = problem.mask.float()
-    dense = [problem.run(), *problem.run(backward=True)]
-    problem.mask, problem.keep = apart(problem.mask), None if keep is None else apart(problem.keep)
-    tensors = problem.tensors
+class Strided(Problem):
+    """The same with weights, biases, mask and indices that are not dense."""
 
-    def strided(dtype):
-        given = tensors(dtype)
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.mask, self.keep = apart(self.mask.float()), apart(self.keep)
+
+    def tensors(self, dtype):
+        given = super().tensors(dtype)
         return [*given[:2], *(apart(x.detach()).requires_grad_() for x in given[2:])]
 
-    problem.tensors = strided
-    for a, e in zip([problem.run(), *problem.run(backward=True)], dense, strict=True):
-        torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-5)
+
+@pytest.mark.parametrize("name", ["few_kept_pad_embed", "most_kept_pad_embed"])
+def test_arguments_that_are_not_dense(form, name):
+    Strided(**PROBLEMS[name]).check()
+
+
+def test_gradients_of_arguments_that_are_not_dense():
+    Strided(**PROBLEMS["few_kept_pad_embed"]).check(backward=True)
 
 
 def test_bitwise_repeatable():
