@@ -424,8 +424,8 @@ def _context_example(
         torch.randn(n, columns * heads * head_dim, dtype=dtype, device=device)
         for n, columns in ((given.count, 1), (rows, 2), (2, 2))
     )
-    pad = None if gathered else pad_kv
-    return lambda: context(q, kv, None, pad, given, heads, head_dim**-0.5, gathered=gathered)
+    pad, b_kv = None if gathered else pad_kv, pad_kv[0]
+    return lambda: context(q, kv, b_kv, pad, given, heads, head_dim**-0.5, gathered=gathered)
 
 
 def blocks(name: str, *sizes: int) -> tuple[dict[str, int], ...]:

@@ -219,7 +219,8 @@ def _context_example(dtype: torch.dtype, device: str, windows: int, head_dim: in
         torch.randn(rows, columns * heads * head_dim, dtype=dtype, device=device)
         for rows, columns in ((windows, 1), (windows, 1), (4 * windows, 2))
     )
-    return lambda: context_bwd(q, kv, None, grad, 4, heads, head_dim**-0.5)
+    b_kv = torch.randn(kv.shape[1], dtype=dtype, device=device)
+    return lambda: context_bwd(q, kv, b_kv, grad, 4, heads, head_dim**-0.5)
 
 
 def _scatter_example(
