@@ -39,7 +39,7 @@ def load_rows(
     MASKED: tl.constexpr,
 ):
     """Columns COL to COL + WIDTH of ROWS rows; zeros before column FIRST, behind D and, if MASKED, behind `rows`."""
-    o_row = tl.arange(0, ROWS)[:, None]
+    o_row = tl.arange(0, ROWS)[:, None].to(tl.int64)
     o_col = COL + tl.arange(0, WIDTH)[None, :]
     p_tile = p_rows + o_row * stride + o_col
     if COL >= FIRST and COL + WIDTH <= D:
@@ -74,15 +74,64 @@ def store_rows(
 
 
 @triton.jit
-def segment(p_cu_seqlens, i_batch, tokens, PACKED: tl.constexpr):
-    """First token and length of an image: of the packed segment, else of [B, N, ...] tensors flattened to rows."""
+def _bound(p_cu_seqlens, i_bound, tokens):
+    """One of the bounds; untrusted ones reach no token outside the tensors."""
+    return tl.minimum(tl.maximum(tl.load(p_cu_seqlens + i_bound), 0), tokens)
+
+
+@triton.jit
+def segment(p_cu_seqlens, i_batch, tokens, longest, PACKED: tl.constexpr):
+    """First token and length of an image: of the packed segment, else of [B, N, ...] tensors flattened to rows. Of a
+    segment, no more than the `longest` tokens count that the grid was made for."""
     if PACKED:
-        # untrusted bounds reach no token outside the tensors
-        start = tl.minimum(tl.maximum(tl.load(p_cu_seqlens + i_batch), 0), tokens)
-        end = tl.minimum(tl.load(p_cu_seqlens + i_batch + 1), tokens)
-        return start.to(tl.int64), tl.maximum(end - start, 0)
+        start = _bound(p_cu_seqlens, i_batch, tokens)
+        end = _bound(p_cu_seqlens, i_batch + 1, tokens)
+        return start.to(tl.int64), tl.minimum(tl.maximum(end - start, 0), longest)
     else:
         return tl.zeros([], tl.int64), tokens
+
+
+@triton.jit
+def clear_gaps(
+    p_rows,
+    p_lse,
+    stride,
+    p_cu_seqlens,
+    i_batch,
+    i_block,
+    blocks,
+    is_last,
+    tokens,
+    longest,
+    D: tl.constexpr,
+    LO: tl.constexpr,
+    HI: tl.constexpr,
+):
+    """Zeros in one head's rows, and -inf in its log-sum-exp unless that is None, where no segment is: before the first,
+    behind what counts of this one and, if it is the last, behind its end. This is the share of program i_block of a
+    segment's.
+
+    Bounds lead from the first token to the last in steps up and down, so each token is in a gap or passed by a step up.
+    """
+    # few at a time, as there should be none
+    ROWS: tl.constexpr = 4
+    start = _bound(p_cu_seqlens, i_batch, tokens)
+    end = _bound(p_cu_seqlens, i_batch + 1, tokens)
+    b_lo = tl.zeros([ROWS, LO], tl.float32)
+    o_row = tl.arange(0, ROWS)
+    for i_gap in tl.static_range(2):
+        if i_gap == 0:
+            first, behind = tl.zeros_like(start), tl.where(i_batch == 0, start, 0)
+        else:
+            first, behind = tl.minimum(start + tl.minimum(longest, tokens - start), end), tl.where(is_last, tokens, end)
+        for i_row in range(first + i_block * ROWS, behind, blocks * ROWS):
+            p_gap = p_rows + tl.cast(i_row, tl.int64) * stride
+            store_rows(p_gap, stride, behind - i_row, b_lo, 0, 0, D, ROWS, LO)
+            if HI:
+                store_rows(p_gap, stride, behind - i_row, tl.zeros([ROWS, HI], tl.float32), LO, LO, D, ROWS, HI)
+            if p_lse is not None:
+                b_lse = tl.full([ROWS], float("-inf"), tl.float32)
+                tl.store(p_lse + i_row + o_row, b_lse, mask=o_row < behind - i_row)
 
 
 @triton.jit
@@ -148,7 +197,7 @@ def _attend(
     NEGATED: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """One block of keys: the running maximum, sum and weighted values after it."""
+    """One block of keys: the running maximum of scores, sum and weighted values after it."""
     b_k_lo, b_k_hi = stream_rows(
         k, k_hi, stride_k, i_batch, i_head, i_key, keys, D, LO, HI, BLOCK_N, TMA, MASKED
     )  # fmt: skip
@@ -162,9 +211,10 @@ def _attend(
         b_s = -b_s
     if MASKED:
         b_s = tl.where((i_key + tl.arange(0, BLOCK_N))[None, :] < keys, b_s, float("-inf"))
-    b_new_max = tl.maximum(b_max, tl.max(b_s, 1) * scale)  # [BM]
-    b_p = tl.exp2(b_s * scale - b_new_max[:, None])
-    b_rescale = tl.exp2(b_max - b_new_max)
+    b_new_max = tl.maximum(b_max, tl.max(b_s, 1))  # [BM]
+    # differences first: of large scores they are exact, where those of rounded products are not
+    b_p = tl.exp2((b_s - b_new_max[:, None]) * scale)
+    b_rescale = tl.exp2((b_max - b_new_max) * scale)
     b_sum = b_sum * b_rescale + tl.sum(b_p, 1)
     b_p = b_p.to(b_v_lo.dtype)
     b_acc_lo = tl.dot(b_p, b_v_lo, b_acc_lo * b_rescale[:, None], input_precision="ieee")
@@ -184,7 +234,7 @@ def attention_fwd_kernel(
     p_lse,
     p_cu_seqlens,
     tokens,
-    blocks,
+    longest,
     heads,
     scale,
     stride_qb,
@@ -214,14 +264,20 @@ def attention_fwd_kernel(
     constants: as run-time arguments, strides that are no multiple of 16 cost all asynchronous copies.
     """
     i_program = tl.program_id(0)
+    blocks = tl.cdiv(longest, BLOCK_M)
     i_query = i_program % blocks * BLOCK_M
     i_head = i_program // blocks % heads
     i_batch = i_program // blocks // heads
-    start, keys = segment(p_cu_seqlens, i_batch, tokens, PACKED)
+    if PACKED:
+        clear_gaps(
+            p_out + i_head * D, p_lse + i_head.to(tl.int64) * tokens, stride_out, p_cu_seqlens, i_batch,
+            i_program % blocks, blocks, i_program + blocks * heads >= tl.num_programs(0), tokens, longest, D, LO, HI,
+        )  # fmt: skip
+    start, keys = segment(p_cu_seqlens, i_batch, tokens, longest, PACKED)
     if i_query >= keys:
         return
     i_row = start + i_query
-    p_q_rows = p_q + i_batch.to(tl.int64) * stride_qb + i_row * stride_q + i_head * STRIDE_QH
+    p_q_rows = p_q + i_batch.to(tl.int64) * stride_qb + i_row * stride_q + i_head.to(tl.int64) * STRIDE_QH
     b_q_lo = load_rows(p_q_rows, stride_q, keys - i_query, 0, 0, D, BLOCK_M, LO, True)
     b_q_hi = b_q_lo
     b_acc_lo = tl.zeros([BLOCK_M, LO], tl.float32)
@@ -231,9 +287,10 @@ def attention_fwd_kernel(
         b_q_hi = load_rows(p_q_rows, stride_q, keys - i_query, HI_COL, LO, D, BLOCK_M, HI, True)
         b_acc_hi = tl.zeros([BLOCK_M, HI], tl.float32)
     if not TMA:
-        k += i_batch.to(tl.int64) * stride_kb + start * stride_k + i_head * STRIDE_KH
-        v += i_batch.to(tl.int64) * stride_vb + start * stride_v + i_head * STRIDE_VH
-    b_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
+        k += i_batch.to(tl.int64) * stride_kb + start * stride_k + i_head.to(tl.int64) * STRIDE_KH
+        v += i_batch.to(tl.int64) * stride_vb + start * stride_v + i_head.to(tl.int64) * STRIDE_VH
+    # the lowest that is finite: the difference of two infinities would be NaN
+    b_max = tl.full([BLOCK_M], -3.4028234663852886e38, tl.float32)
     b_sum = tl.zeros([BLOCK_M], tl.float32)
     # a tail of its own spares the other blocks their masks; float32 needs the registers that two copies take
     whole = keys // BLOCK_N * BLOCK_N if SPLIT_TAIL else 0
@@ -254,7 +311,7 @@ def attention_fwd_kernel(
     o_row = tl.arange(0, BLOCK_M)
     # [B, H, N]; [H, T] is the same with one image
     p_lse_rows = p_lse + (i_batch.to(tl.int64) * heads * (not PACKED) + i_head) * tokens + i_row
-    tl.store(p_lse_rows + o_row, (b_max + tl.log2(b_sum)) * 0.6931471805599453, mask=o_row < keys - i_query)
+    tl.store(p_lse_rows + o_row, (b_max * scale + tl.log2(b_sum)) * 0.6931471805599453, mask=o_row < keys - i_query)
 
 
 class Plan(NamedTuple):
@@ -335,7 +392,7 @@ def plan(
         (blocks * heads * images,),
         (
             tokens,
-            blocks,
+            longest,
             heads,
             # masked scores are -inf, which a factor of zero would turn into NaN; kernels multiply by its size
             max(abs(scale), 1e-30) * _LOG2_E,
@@ -350,7 +407,10 @@ def plan(
 def attention_fwd(
     q: Tensor, k: Tensor, v: Tensor, scale: float, cu_seqlens: Tensor | None, max_seqlen: int | None
 ) -> tuple[Tensor, Tensor]:
-    """Output, dense, and log-sum-exp of q, k, v [B, N, H, D], or packed [T, H, D] with cu_seqlens [S + 1]."""
+    """Output, dense, and log-sum-exp of q, k, v [B, N, H, D], or packed [T, H, D] with cu_seqlens [S + 1].
+
+    The bounds are not trusted: tokens that are in no segment, or behind its first max_seqlen, have an output of 0 and a
+    log-sum-exp of -inf. Bounds that decrease may have the kernel write a token twice, in any order."""
     how = plan(
         "attention_fwd_kernel",
         "BLOCK_M",
@@ -364,11 +424,13 @@ def attention_fwd(
         (k.stride(), v.stride()),
         (k.data_ptr() | v.data_ptr()) % 16 == 0,
     )
+    if not how.grid[0] or not q.numel():
+        return q.new_zeros(q.shape), q.new_full(how.lse_shape, -math.inf, dtype=torch.float32)
     out, lse = q.new_empty(q.shape), q.new_empty(how.lse_shape, dtype=torch.float32)
-    if how.grid[0] and q.numel():
-        (k_lo, k_hi), (v_lo, v_hi) = how.streams(k, v)
-        args = (q, k_lo, v_lo, k_hi, v_hi, out, lse, cu_seqlens, *how.sizes)
-        start(Launch(attention_fwd_kernel, how.grid, args, how.constants, how.options))
+    cu_seqlens = None if cu_seqlens is None else cu_seqlens.contiguous()
+    (k_lo, k_hi), (v_lo, v_hi) = how.streams(k, v)
+    args = (q, k_lo, v_lo, k_hi, v_hi, out, lse, cu_seqlens, *how.sizes)
+    start(Launch(attention_fwd_kernel, how.grid, args, how.constants, how.options))
     return out, lse
 
 

@@ -5,6 +5,10 @@ The probabilities are recomputed from the log-sum-exp (Dao et al., 2022, algorit
     P = exp(scale * Q K^T - lse),  dV = P^T dO,  dS = P * (dO V^T - delta),  delta = rowsum(dO * O),
     dQ = scale * dS K,  dK = scale * dS^T Q
 
+The log-sum-exp is float32 and rounded a few times on its way, so the logarithm of P is off by up to |lse| * 3e-7: P by
+0.3 % where scores are 1e4, by a third at 1e6, and beyond that gradients are finite and no more. P is at most 1 whatever
+the scores, so that finite ones have finite gradients.
+
 FLOPs: 14 * N^2 * D an image and head, two of the seven products being made in both kernels.
 """
 
@@ -17,10 +21,16 @@ import triton.language as tl
 from torch import Tensor
 
 from ._launch import Kernel, Launch, start
-from .attention import fused_qkv, load_rows, plan, segment, store_rows, stream_rows
+from .attention import clear_gaps, fused_qkv, load_rows, plan, segment, store_rows, stream_rows
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
 _LN_2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def _probabilities(b_logarithm):
+    # none is above one: a log-sum-exp that was rounded must not make them overflow, nor hide NaN
+    return tl.exp2(tl.minimum(b_logarithm, 0.0, propagate_nan=tl.PropagateNan.ALL))
 
 
 @triton.jit
@@ -66,7 +76,7 @@ def _by_query(
         b_dp = tl.dot(b_do_hi, b_v_hi.T, b_dp, input_precision="ieee")
     if NEGATED:
         b_s = -b_s
-    b_p = tl.exp2(b_s * scale - b_lse[:, None])
+    b_p = _probabilities(b_s * scale - b_lse[:, None])
     if MASKED:
         b_p = tl.where((i_key + tl.arange(0, BLOCK_N))[None, :] < keys, b_p, 0.0)
     b_ds = (b_p * (b_dp - b_delta[:, None])).to(b_k_lo.dtype)
@@ -90,7 +100,7 @@ def attention_bwd_dq_kernel(
     p_dq,
     p_delta,
     tokens,
-    blocks,
+    longest,
     heads,
     scale,
     stride_qb,
@@ -115,16 +125,23 @@ def attention_bwd_dq_kernel(
 ):
     """grad and out (dense), q, k, v, lse -> dq, dense, and delta, shaped like lse. Grid, k and v as the forward's."""
     i_program = tl.program_id(0)
+    blocks = tl.cdiv(longest, BLOCK_M)
     i_query = i_program % blocks * BLOCK_M
     i_head = i_program // blocks % heads
     i_batch = (i_program // blocks // heads).to(tl.int64)
-    start, keys = segment(p_cu_seqlens, i_batch, tokens, PACKED)
+    if PACKED:
+        is_last = i_program + blocks * heads >= tl.num_programs(0)
+        clear_gaps(
+            p_dq + i_head * D, None, stride_out, p_cu_seqlens, i_batch, i_program % blocks, blocks, is_last, tokens,
+            longest, D, LO, HI,
+        )  # fmt: skip
+    start, keys = segment(p_cu_seqlens, i_batch, tokens, longest, PACKED)
     if i_query >= keys:
         return
     rows = keys - i_query
     i_row = start + i_query
     i_dense = (i_batch * tokens * (not PACKED) + i_row) * stride_out + i_head * D
-    p_q_rows = p_q + i_batch * stride_qb + i_row * stride_q + i_head * STRIDE_QH
+    p_q_rows = p_q + i_batch * stride_qb + i_row * stride_q + i_head.to(tl.int64) * STRIDE_QH
     b_q_lo = load_rows(p_q_rows, stride_q, rows, 0, 0, D, BLOCK_M, LO, True)
     b_do_lo = load_rows(p_grad + i_dense, stride_out, rows, 0, 0, D, BLOCK_M, LO, True)
     b_out_lo = load_rows(p_out + i_dense, stride_out, rows, 0, 0, D, BLOCK_M, LO, True)
@@ -144,8 +161,8 @@ def attention_bwd_dq_kernel(
     tl.store(p_delta + i_statistics + o_row, b_delta, mask=o_row < rows)
 
     if not TMA:
-        k += i_batch * stride_kb + start * stride_k + i_head * STRIDE_KH
-        v += i_batch * stride_vb + start * stride_v + i_head * STRIDE_VH
+        k += i_batch * stride_kb + start * stride_k + i_head.to(tl.int64) * STRIDE_KH
+        v += i_batch * stride_vb + start * stride_v + i_head.to(tl.int64) * STRIDE_VH
     i_image = i_batch.to(tl.int32)
     # a tail of its own spares the other blocks their masks; float32 needs the registers that two copies take
     whole = keys // BLOCK_N * BLOCK_N if SPLIT_TAIL else 0
@@ -214,7 +231,7 @@ def _by_key(
         b_dp = tl.dot(b_v_hi, b_do_hi.T, b_dp, input_precision="ieee")
     if NEGATED:
         b_s = -b_s
-    b_p = tl.exp2(b_s * scale - b_lse[None, :])
+    b_p = _probabilities(b_s * scale - b_lse[None, :])
     b_ds = (b_p * (b_dp - b_delta[None, :])).to(b_q_lo.dtype)
     b_p = b_p.to(b_q_lo.dtype)
     b_dv_lo = tl.dot(b_p, b_do_lo, b_dv_lo, input_precision="ieee")
@@ -239,7 +256,7 @@ def attention_bwd_dkv_kernel(
     p_dk,
     p_dv,
     tokens,
-    blocks,
+    longest,
     heads,
     scale,
     stride_qb,
@@ -265,18 +282,29 @@ def attention_bwd_dkv_kernel(
     """grad (dense), q, k, v, lse, delta -> dk and dv, dense. Grid: blocks of keys, heads, images. With TMA, grad and q
     are descriptors as the forward's k and v."""
     i_program = tl.program_id(0)
+    blocks = tl.cdiv(longest, BLOCK_N)
     i_key = i_program % blocks * BLOCK_N
     i_head = i_program // blocks % heads
     i_batch = (i_program // blocks // heads).to(tl.int64)
-    start, queries = segment(p_cu_seqlens, i_batch, tokens, PACKED)
+    if PACKED:
+        is_last = i_program + blocks * heads >= tl.num_programs(0)
+        clear_gaps(
+            p_dk + i_head * D, None, stride_out, p_cu_seqlens, i_batch, i_program % blocks, blocks, is_last, tokens,
+            longest, D, LO, HI,
+        )  # fmt: skip
+        clear_gaps(
+            p_dv + i_head * D, None, stride_out, p_cu_seqlens, i_batch, i_program % blocks, blocks, is_last, tokens,
+            longest, D, LO, HI,
+        )  # fmt: skip
+    start, queries = segment(p_cu_seqlens, i_batch, tokens, longest, PACKED)
     if i_key >= queries:
         return
     rows = queries - i_key
     i_row = start + i_key
     i_first = (i_batch * tokens * (not PACKED) + start) * stride_out + i_head * D
     i_dense = i_first + tl.cast(i_key, tl.int64) * stride_out
-    p_k_rows = p_k + i_batch * stride_kb + i_row * stride_k + i_head * STRIDE_KH
-    p_v_rows = p_v + i_batch * stride_vb + i_row * stride_v + i_head * STRIDE_VH
+    p_k_rows = p_k + i_batch * stride_kb + i_row * stride_k + i_head.to(tl.int64) * STRIDE_KH
+    p_v_rows = p_v + i_batch * stride_vb + i_row * stride_v + i_head.to(tl.int64) * STRIDE_VH
     b_k_lo = load_rows(p_k_rows, stride_k, rows, 0, 0, D, BLOCK_N, LO, True)
     b_v_lo = load_rows(p_v_rows, stride_v, rows, 0, 0, D, BLOCK_N, LO, True)
     b_dk_lo = tl.zeros([BLOCK_N, LO], tl.float32)
@@ -289,7 +317,7 @@ def attention_bwd_dkv_kernel(
         b_dk_hi = tl.zeros([BLOCK_N, HI], tl.float32)
         b_dv_hi = tl.zeros([BLOCK_N, HI], tl.float32)
     if not TMA:
-        q += i_batch * stride_qb + start * stride_q + i_head * STRIDE_QH
+        q += i_batch * stride_qb + start * stride_q + i_head.to(tl.int64) * STRIDE_QH
         grad += i_first
     i_image = i_batch.to(tl.int32)
     i_statistics = (i_batch * heads * (not PACKED) + i_head) * tokens + start
@@ -329,13 +357,16 @@ def attention_bwd(
     cu_seqlens: Tensor | None,
     max_seqlen: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients by q, k and v, dense, from what `kernels.attention.attention_fwd` took and gave."""
-    dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
-    if dq.numel() == 0:
-        return dq, dk, dv
-    # gradients of sums have strides of zero
-    grad, delta = grad.contiguous(), lse.new_empty(lse.shape)
+    """Gradients by q, k and v, dense, from what `kernels.attention.attention_fwd` took and gave; zeros for tokens that
+    it found in no segment."""
     segments = None if cu_seqlens is None else len(cu_seqlens) - 1
+    if q.numel() == 0 or segments == 0 or max_seqlen == 0:
+        return q.new_zeros(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape)
+    dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
+    # gradients of sums have strides of zero
+    grad, out, lse = grad.contiguous(), out.contiguous(), lse.contiguous()
+    cu_seqlens = None if cu_seqlens is None else cu_seqlens.contiguous()
+    delta = torch.empty_like(lse)
     geometry = (q.shape, (q.stride(), k.stride(), v.stride()), q.dtype, q.device, scale, segments, max_seqlen)
 
     # by q first: it leaves delta for the other

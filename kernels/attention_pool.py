@@ -19,7 +19,7 @@ projected by the library at its full rate, and the kernels here pass over rows o
     absorbed  the same over the features themselves (attention_pool_absorbed.py)
 
 The keys' bias drops out of the softmax, and the values' is added to its result, as probabilities sum to one; so zero
-slots have neither keys nor values.
+slots have neither keys nor values. A bias that is not finite makes NaN of what it would drop out of.
 """
 
 from collections.abc import Callable
@@ -191,7 +191,7 @@ def attention_pool_fwd_kernel(
     BLOCK_W: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """q [W, H*DK], kv rows of H*DK keys and H*DV values without their bias -> context [W, H*DV], dense.
+    """q [W, H*DK], kv rows of H*DK keys and H*DV values without their bias [H*(DK+DV)] -> context [W, H*DV], dense.
 
     GATHERED rows are the windows' slots, J a window; else they are the patches of all tiles, and pad_kv
     [2, H*(DK+DV)] is what the pad embeddings add to them. Grid: heads, fastest, then blocks of windows.
@@ -222,14 +222,16 @@ def attention_pool_fwd_kernel(
         b_q = tl.load(p_row, mask=m_window[:, None] & m_d[None, :], other=0).to(tl.float32)
         b_k = _kv(p_kv, p_pad_kv, i_row, m_row, b_kind, i_head * DK + o_d, m_d, WIDTH, HAS_PAD)
         b_s += tl.sum(b_q[:, None, :] * b_k, 2)
-    b_p = softmax_slots(b_s * scale, o_slot, J)
+    if HAS_BIAS:
+        b_s += trace_of_bias(p_bias + i_head * DK, DK, BLOCK_D)
+    b_p = softmax_slots(b_s, scale, o_slot, J)
     for i_d in range(0, DV, BLOCK_D):
         o_d = i_d + tl.arange(0, BLOCK_D)
         m_d = o_d < DV
         b_v = _kv(p_kv, p_pad_kv, i_row, m_row, b_kind, H * DK + i_head * DV + o_d, m_d, WIDTH, HAS_PAD)
         b_o = tl.sum(b_p[:, :, None] * b_v, 1)  # [BW, BD]
         if HAS_BIAS:
-            b_o += tl.load(p_bias + i_head * DV + o_d, mask=m_d, other=0).to(tl.float32)[None, :]
+            b_o += tl.load(p_bias + H * DK + i_head * DV + o_d, mask=m_d, other=0).to(tl.float32)[None, :]
         p_out = p_context + o_window.to(tl.int64)[:, None] * (H * DV) + i_head * DV + o_d[None, :]
         tl.store(p_out, b_o.to(p_context.dtype.element_ty), mask=m_window[:, None] & m_d[None, :])
 
@@ -246,11 +248,22 @@ def _kv(p_kv, p_pad_kv, i_row, m_row, b_kind, o_col, m_col, WIDTH: tl.constexpr,
 
 
 @triton.jit
-def softmax_slots(b_s, o_slot, J: tl.constexpr):
-    """Probabilities [BW, J_PADDED] of the first J slots."""
+def softmax_slots(b_s, scale, o_slot, J: tl.constexpr):
+    """Probabilities [BW, J_PADDED] of the first J slots, of their scores times `scale`."""
     b_s = tl.where((o_slot < J)[None, :], b_s, float("-inf"))
-    b_p = tl.exp(b_s - tl.max(b_s, 1)[:, None])
+    # differences first: of large scores they are exact, where those of rounded products are not
+    b_p = tl.exp((b_s - tl.max(b_s, 1)[:, None]) * scale)
     return b_p / tl.sum(b_p, 1)[:, None]
+
+
+@triton.jit
+def trace_of_bias(p_bias, COUNT: tl.constexpr, BLOCK: tl.constexpr):
+    """What is left of a bias that drops out: 0, or NaN if one of its COUNT numbers is not finite."""
+    b_trace = tl.zeros([BLOCK], tl.float32)
+    for i_d in range(0, COUNT, BLOCK):
+        o_d = i_d + tl.arange(0, BLOCK)
+        b_trace += tl.load(p_bias + o_d, mask=o_d < COUNT, other=0).to(tl.float32) * 0
+    return tl.sum(b_trace, 0)
 
 
 class Windows(NamedTuple):
@@ -350,7 +363,7 @@ def slots(windows: Windows, *, write: bool) -> tuple[Tensor, Tensor | None]:
 def context(
     q: Tensor,
     kv: Tensor,
-    b_v: Tensor | None,
+    b_kv: Tensor | None,
     pad_kv: Tensor | None,
     windows: Windows,
     num_heads: int,
@@ -358,8 +371,8 @@ def context(
     *,
     gathered: bool,
 ) -> Tensor:
-    """q [W, H*Dk] and kv, without its bias, of the slots [W*J, H*(Dk+Dv)] or of all patches [T*N, H*(Dk+Dv)] with what
-    the pad embeddings add, [2, H*(Dk+Dv)] -> [W, H*Dv]."""
+    """q [W, H*Dk] and kv, without its bias b_kv, of the slots [W*J, H*(Dk+Dv)] or of all patches [T*N, H*(Dk+Dv)] with
+    what the pad embeddings add, [2, H*(Dk+Dv)] -> [W, H*Dv]."""
     count = len(q)
     key_dim = q.shape[1] // num_heads
     value_dim = kv.shape[1] // num_heads - key_dim
@@ -370,14 +383,14 @@ def context(
     launch(
         attention_pool_fwd_kernel,
         (-(-count // config["BLOCK_W"]) * num_heads,),
-        (q, kv, b_v, windows.keep, windows.kind, pad_kv, out, count, windows.of_all_tiles, scale),
+        (q, kv, b_kv, windows.keep, windows.kind, pad_kv, out, count, windows.of_all_tiles, scale),
         config,
         H=num_heads,
         DK=key_dim,
         DV=value_dim,
         GATHERED=gathered,
         HAS_KEEP=windows.keep is not None,
-        HAS_BIAS=b_v is not None,
+        HAS_BIAS=b_kv is not None,
         J_PADDED=triton.next_power_of_2(windows.slots),
         **constants,
     )
@@ -411,8 +424,8 @@ def _context_example(
         torch.randn(n, columns * heads * head_dim, dtype=dtype, device=device)
         for n, columns in ((given.count, 1), (rows, 2), (2, 2))
     )
-    pad = None if gathered else pad_kv
-    return lambda: context(q, kv, None, pad, given, heads, head_dim**-0.5, gathered=gathered)
+    pad, b_kv = None if gathered else pad_kv, pad_kv[0]
+    return lambda: context(q, kv, b_kv, pad, given, heads, head_dim**-0.5, gathered=gathered)
 
 
 def blocks(name: str, *sizes: int) -> tuple[dict[str, int], ...]:

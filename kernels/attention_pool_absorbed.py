@@ -19,6 +19,7 @@ from .attention_pool import (
     softmax_slots,
     stride_at,
     tiled,
+    trace_of_bias,
     window_number,
 )
 
@@ -33,6 +34,7 @@ def attention_pool_fwd_absorbed_kernel(
     p_keep,
     p_kind,
     p_pad,
+    p_bias,
     p_pooled,
     windows,
     all_windows,
@@ -48,18 +50,21 @@ def attention_pool_fwd_absorbed_kernel(
     L: tl.constexpr,
     C: tl.constexpr,
     H: tl.constexpr,
+    DK: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
     WINDOW_ROWS: tl.constexpr,
     WINDOW_COLS: tl.constexpr,
     HAS_KEEP: tl.constexpr,
     HAS_PAD: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
     J_PADDED: tl.constexpr,
     BLOCK_W: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Queries times W_K [W, H, L*C] and the features -> the features pooled [W, H, L*C], dense. Grid: heads, fastest,
-    then blocks of windows. The features are read twice, the second time from a cache."""
+    """Queries times W_K [W, H, L*C] and the features -> the features pooled [W, H, L*C], dense; the keys' bias [H*DK]
+    counts where it is not finite. Grid: heads, fastest, then blocks of windows. The features are read twice, the second
+    time from a cache."""
     i_head = tl.program_id(0) % H
     o_window = tl.program_id(0) // H * BLOCK_W + tl.arange(0, BLOCK_W)
     m_window = o_window < windows
@@ -86,7 +91,9 @@ def attention_pool_fwd_absorbed_kernel(
             b_q = tl.load(p_row, mask=m_window[:, None] & m_col[None, :], other=0).to(tl.float32)
             b_x = _slots(p_rows, p_pad, m_slot, b_kind, o_col, m_col, i_feature * C, L * C, HAS_PAD)
             b_s += tl.sum(b_q[:, None, :] * b_x, 2)
-    b_p = softmax_slots(b_s * scale, o_slot, J)
+    if HAS_BIAS:
+        b_s += trace_of_bias(p_bias + i_head * DK, DK, BLOCK_C)
+    b_p = softmax_slots(b_s, scale, o_slot, J)
     for i_feature in tl.static_range(L):
         p_x = feature_at(p_0, p_1, p_2, p_3, i_feature)
         stride_t = stride_at(stride_0t, stride_1t, stride_2t, stride_3t, i_feature)
@@ -113,8 +120,8 @@ def _slots(p_rows, p_pad, m_slot, b_kind, o_col, m_col, first, width, HAS_PAD: t
     return b_x
 
 
-def absorbed(q: Tensor, windows: Windows, scale: float) -> Tensor:
-    """Queries times W_K [W, H, L*C] -> the features pooled by each head, [W, H, L*C]."""
+def absorbed(q: Tensor, b_k: Tensor | None, windows: Windows, scale: float) -> Tensor:
+    """Queries times W_K [W, H, L*C] and the keys' bias [H*Dk] -> the features pooled by each head, [W, H, L*C]."""
     count, heads, _ = q.shape
     pooled = torch.empty_like(q)
     first = windows.features[0]
@@ -130,6 +137,7 @@ def absorbed(q: Tensor, windows: Windows, scale: float) -> Tensor:
             windows.keep,
             windows.kind,
             windows.pad_embed,
+            b_k,
             pooled,
             count,
             windows.of_all_tiles,
@@ -140,6 +148,8 @@ def absorbed(q: Tensor, windows: Windows, scale: float) -> Tensor:
         L=len(windows.features),
         C=first.shape[2],
         H=heads,
+        DK=0 if b_k is None else len(b_k) // heads,
+        HAS_BIAS=b_k is not None,
         HAS_KEEP=windows.keep is not None,
         J_PADDED=triton.next_power_of_2(windows.slots),
         **windows.constants,
@@ -150,7 +160,8 @@ def absorbed(q: Tensor, windows: Windows, scale: float) -> Tensor:
 def _absorbed_example(dtype: torch.dtype, device: str, windows: int, channels: int) -> Callable[[], Tensor]:
     given = example_windows(dtype, device, windows, kept=False, padded=True)
     q = torch.randn(given.count, 1, given.width, dtype=dtype, device=device)
-    return lambda: absorbed(q, given, 1152**-0.5)
+    b_k = torch.randn(1152, dtype=dtype, device=device)
+    return lambda: absorbed(q, b_k, given, 1152**-0.5)
 
 
 KERNELS = (

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._launch import Kernel, launch, select
-from .attention_pool import Windows, blocks, example_windows, softmax_slots, tiled
+from .attention_pool import Windows, blocks, example_windows, softmax_slots, tiled, trace_of_bias
 
 
 @triton.jit
@@ -39,8 +39,9 @@ def attention_pool_bwd_kernel(
     BLOCK_W: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """q [W, H*DK], kv of the slots [W*J, H*(DK+DV)] without its bias, and the gradient by the context [W, H*DV] -> the
-    context again, and the gradients by q and kv, all dense. Grid: heads, fastest, then blocks of windows."""
+    """q [W, H*DK], kv of the slots [W*J, H*(DK+DV)] without its bias [H*(DK+DV)], and the gradient by the context
+    [W, H*DV] -> the context again, and the gradients by q and kv, all dense. Grid: heads, fastest, then blocks of
+    windows."""
     i_head = tl.program_id(0) % H
     o_window = tl.program_id(0) // H * BLOCK_W + tl.arange(0, BLOCK_W)
     m_window = o_window < windows
@@ -59,7 +60,9 @@ def attention_pool_bwd_kernel(
         b_q = tl.load(p_q + i_window[:, None] * (H * DK) + o_col[None, :], mask=m_q, other=0).to(tl.float32)
         b_k = tl.load(p_kv + i_row + o_col[None, None, :], mask=m_k, other=0).to(tl.float32)
         b_s += tl.sum(b_q[:, None, :] * b_k, 2)
-    b_p = softmax_slots(b_s * scale, o_slot, J)
+    if HAS_BIAS:
+        b_s += trace_of_bias(p_bias + i_head * DK, DK, BLOCK_D)
+    b_p = softmax_slots(b_s, scale, o_slot, J)
 
     b_dp = tl.zeros([BLOCK_W, J_PADDED], tl.float32)
     for i_d in range(0, DV, BLOCK_D):
@@ -74,10 +77,12 @@ def attention_pool_bwd_kernel(
         b_dp += tl.sum(b_grad[:, None, :] * b_v, 2)
         b_o = tl.sum(b_p[:, :, None] * b_v, 1)
         if HAS_BIAS:
-            b_o += tl.load(p_bias + o_col, mask=o_d < DV, other=0).to(tl.float32)[None, :]
+            b_o += tl.load(p_bias + H * DK + o_col, mask=o_d < DV, other=0).to(tl.float32)[None, :]
         tl.store(p_context + i_out, b_o.to(p_context.dtype.element_ty), mask=m_d)
         b_dv = b_p[:, :, None] * b_grad[:, None, :]
         tl.store(p_dkv + i_v, b_dv.to(p_dkv.dtype.element_ty), mask=m_v)
+    if HAS_BIAS:
+        b_dp += trace_of_bias(p_bias + H * DK + i_head * DV, DV, BLOCK_D)
     # the biases of keys and values add the same to all of a window's slots, which the next line takes away again
     b_ds = b_p * (b_dp - tl.sum(b_p * b_dp, 1)[:, None]) * scale
 
@@ -154,7 +159,7 @@ def attention_pool_bwd_scatter_kernel(
 
 
 def context_bwd(
-    q: Tensor, kv: Tensor, b_v: Tensor | None, grad: Tensor, slots: int, num_heads: int, scale: float
+    q: Tensor, kv: Tensor, b_kv: Tensor | None, grad: Tensor, slots: int, num_heads: int, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Context [W, H*Dv], and gradients by q [W, H*Dk] and kv [W*J, H*(Dk+Dv)], of the gradient by the context."""
     grad = grad.contiguous()
@@ -166,13 +171,13 @@ def context_bwd(
     launch(
         attention_pool_bwd_kernel,
         (-(-len(q) // config["BLOCK_W"]) * num_heads,),
-        (q, kv, b_v, grad, context, dq, dkv, len(q), scale),
+        (q, kv, b_kv, grad, context, dq, dkv, len(q), scale),
         config,
         H=num_heads,
         DK=key_dim,
         DV=value_dim,
         J=slots,
-        HAS_BIAS=b_v is not None,
+        HAS_BIAS=b_kv is not None,
         J_PADDED=triton.next_power_of_2(slots),
     )
     return context, dq, dkv
@@ -214,7 +219,8 @@ def _context_example(dtype: torch.dtype, device: str, windows: int, head_dim: in
         torch.randn(rows, columns * heads * head_dim, dtype=dtype, device=device)
         for rows, columns in ((windows, 1), (windows, 1), (4 * windows, 2))
     )
-    return lambda: context_bwd(q, kv, None, grad, 4, heads, head_dim**-0.5)
+    b_kv = torch.randn(kv.shape[1], dtype=dtype, device=device)
+    return lambda: context_bwd(q, kv, b_kv, grad, 4, heads, head_dim**-0.5)
 
 
 def _scatter_example(

@@ -81,6 +81,8 @@ def _hidden_tile(
     o_x = tl.minimum(o_row, rows - 1)
     o_half = tl.arange(0, 2 * BLOCK_N)
     o_w = tl.minimum(i_col + o_half % BLOCK_N, features - 1) + o_half // BLOCK_N * features
+    # without it the compiler clears the accumulator between the products' start and end, which puts them in series
+    tl.assume(channels > 0)
     # value and gate side by side, so that one matrix instruction is as wide as the hardware has it
     b_acc = tl.zeros([BLOCK_M, 2 * BLOCK_N], tl.float32)
     for i_k in range(0, channels, BLOCK_K):
@@ -243,8 +245,9 @@ def takes(rows: Tensor, w_up: Tensor) -> bool:
 
 
 def swiglu_mlp_fwd(x: Tensor, w_up: Tensor, b_up: Tensor | None) -> Tensor:
-    """hidden [M, F], dense, of x [M, C], w_up [2F, C] of unit last stride, and b_up [2F] or None."""
-    x = x if x.stride(1) == 1 else x.contiguous()
+    """hidden [M, F], dense, of x [M, C], w_up [2F, C] and b_up [2F] or None; copies x or w_up if its last stride is
+    not 1."""
+    x, w_up = _unit_last_stride(x), _unit_last_stride(w_up)
     rows, channels = x.shape
     features = len(w_up) // 2
     hidden = x.new_empty(rows, features)
@@ -262,7 +265,7 @@ def swiglu_mlp_fwd(x: Tensor, w_up: Tensor, b_up: Tensor | None) -> Tensor:
 
 def silu_mul(up: Tensor) -> Tensor:
     """[..., 2F] = [value | gate] -> silu(gate) * value, [..., F], dense."""
-    rows = up.reshape(-1, up.shape[-1])
+    rows = _unit_last_stride(up.reshape(-1, up.shape[-1]))
     cols = up.shape[-1] // 2
     out = up.new_empty((*up.shape[:-1], cols))
     if out.numel():
@@ -274,7 +277,7 @@ def silu_mul(up: Tensor) -> Tensor:
 
 def silu_mul_bwd(grad: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     """Gradient by `up`, [M, 2F], and the forward's result again, [M, F], of rows grad [M, F] and up [M, 2F]."""
-    grad = grad.contiguous()
+    grad, up = grad.contiguous(), _unit_last_stride(up)
     rows, cols = grad.shape
     grad_up, hidden = grad.new_empty(rows, 2 * cols), torch.empty_like(grad)
     if hidden.numel():
@@ -283,6 +286,10 @@ def silu_mul_bwd(grad: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
         args = (grad, up, grad_up, hidden, cols, blocks, up.stride(0))
         launch(swiglu_mlp_bwd_kernel, (rows * blocks,), args, config)
     return grad_up, hidden
+
+
+def _unit_last_stride(x: Tensor) -> Tensor:
+    return x if x.stride(1) == 1 else x.contiguous()
 
 
 def _product_example(

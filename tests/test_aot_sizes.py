@@ -61,14 +61,14 @@ def test_attention_pool(compiled, grid, window, channels, count, heads, key_dim,
     width, columns = count * channels, heads * (key_dim + value_dim)
     windows = pool.Windows(features, grid, window, keep, kind, empty(2, width, dtype=dtype))
     rows = windows.count
-    q, bias = empty(rows, heads * key_dim, dtype=dtype), empty(heads * value_dim, dtype=dtype)
+    q, bias = empty(rows, heads * key_dim, dtype=dtype), empty(columns, dtype=dtype)
     of_slots = empty(rows * windows.slots, columns, dtype=dtype)
     of_patches, pad_kv = empty(grid[0] * grid[1], columns, dtype=dtype), empty(2, columns, dtype=dtype)
     for write in (False, True):
         pool.slots(windows, write=write)
     pool.context(q, of_patches, bias, pad_kv, windows, heads, 0.5, gathered=False)
     pool.context(q, of_slots, None, None, windows, heads, 0.5, gathered=True)
-    attention_pool_absorbed.absorbed(empty(rows, heads, width, dtype=dtype), windows, 0.5)
+    attention_pool_absorbed.absorbed(empty(rows, heads, width, dtype=dtype), bias[: heads * key_dim], windows, 0.5)
     grad = empty(rows, heads * value_dim, dtype=dtype)
     attention_pool_bwd.context_bwd(q, of_slots, bias, grad, windows.slots, heads, 0.5)
     d_slots, d_mean = (empty(n, width, dtype=dtype) for n in (rows * windows.slots, rows))

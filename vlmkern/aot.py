@@ -15,6 +15,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -118,16 +119,31 @@ def compile_job(job: Job) -> dict[str, Any] | None:
         "arch": job.arch,
         "dtype": str(dtype).removeprefix("torch."),
         **_resources(compiled.asm["cubin"], job.arch, compiled.metadata.num_warps, compiled.metadata.shared),
+        "serialized": _serialized(compiled.asm["ptx"]),
         "shipped": job.shipped,
     }
 
 
 def compile_launch(launch: Any, arch: int) -> Any:
-    """What Triton makes of a recorded launch for an architecture. Leaves this process without a real driver."""
+    """What Triton makes of a recorded launch for an architecture."""
+    with _target(arch):
+        return launch.kernel.warmup(
+            *launch.args, grid=(1,), **launch.constants, **launch.options, enable_fp_fusion=True
+        )
+
+
+@contextmanager
+def _target(arch: int) -> Iterator[None]:
+    """Inside, Triton compiles for an architecture; after it, launches find the driver that they found before."""
     from triton.runtime import driver
 
+    # `active` would look for a device, which need not be there
+    before = driver._active
     driver.set_active(_NoDevice(arch))
-    return launch.kernel.warmup(*launch.args, grid=(1,), **launch.constants, **launch.options, enable_fp_fusion=True)
+    try:
+        yield
+    finally:
+        driver.set_active(before)
 
 
 class _NoDevice:
@@ -201,6 +217,22 @@ def _resources(cubin: bytes, arch: int, warps: int, shared: int) -> dict[str, An
         "tma": count(r"UTMALDG"),
         "cp_async": count(r"LDGSTS"),
     }
+
+
+def _serialized(ptx: str) -> bool:
+    """Whether the assembler has each warpgroup product wait for the one before it (its note C7515). It is asked again,
+    as Triton throws its notes away, and keeps none of a binary from its cache."""
+    from triton import knobs
+
+    if "wgmma.mma_async" not in ptx:
+        return False
+    (target,) = re.findall(r"^\.target (sm_\w+)", ptx, re.MULTILINE)
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(ptx)
+        file.flush()
+        command = [knobs.nvidia.ptxas.path, "-v", f"--gpu-name={target}", file.name, "--output-file", os.devnull]
+        notes = subprocess.run(command, check=True, text=True, capture_output=True)
+    return "serialized" in notes.stdout + notes.stderr
 
 
 def _width(instruction: str) -> int:

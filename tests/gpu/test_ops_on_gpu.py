@@ -158,6 +158,20 @@ def test_values_that_were_not_checked_touch_no_memory_outside():
     torch.cuda.synchronize()
 
 
+def test_tokens_of_no_segment_are_zeros():
+    """In memory that torch.empty fills with NaN; the gradients too."""
+    q, k, v = (torch.randn(3000, 16, 72, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
+    bounds = torch.tensor([100, 829, 2500], dtype=torch.int32, device="cuda")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        out = ops.attention(q, k, v, cu_seqlens=bounds, max_seqlen=729)
+        found = [out, *torch.autograd.grad(out.square().sum(), (q, k, v))]
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for x in found:
+        assert not x[:100].any() and not x[829 + 729 :].any() and x[100 : 829 + 729].isfinite().all()
+
+
 def test_attention_allocates_its_results_alone():
     """No copy of the views, no scores."""
     q, k, v = torch.randn(13, 729, 3, 16, 72, device="cuda", dtype=torch.bfloat16).unbind(2)

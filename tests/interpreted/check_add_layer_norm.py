@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from strided import apart
 from support import LOW_PRECISION, low_precision_close
 
 import vlmkern
@@ -97,6 +98,16 @@ def test_strides_and_leading_dimensions(blocks):
             assert normed.is_contiguous() and summed.is_contiguous()
             torch.testing.assert_close(summed, x + residual)
             torch.testing.assert_close(ops.add_layer_norm(x, residual, None, None), eager(x, residual))
+
+
+def test_arguments_that_are_not_dense(blocks):
+    tensors, weight = make(6, 33), torch.randn(6, 33)
+    strided = [apart(t).requires_grad_() for t in tensors]
+    for a, e in zip(ops.add_layer_norm(*strided), eager(*tensors), strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-5)
+    expected = gradients([t.requires_grad_() for t in tensors], weight, eager)
+    for a, e in zip(gradients(strided, apart(weight)), expected, strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("shape", [(0, 8), (2, 0, 8)])

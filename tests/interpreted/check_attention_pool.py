@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from strided import apart
 from support import LOW_PRECISION, low_precision_close
 
 import vlmkern
@@ -209,6 +210,68 @@ def test_not_finite_as_the_reference(form):
     with vlmkern.use_backend("reference"):
         expected = problem.run()
     assert torch.equal(actual.isnan(), expected.isnan()) and actual.isnan().any() and not actual.isnan().all()
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("half", ["keys", "values"])
+def test_a_bias_that_is_not_finite(form, value, half):
+    """A finite bias of the keys drops out of the softmax; of another, all of its head is NaN."""
+    problem = Problem()
+    problem.weights[3][3 if half == "keys" else 20] = value
+    actual = [problem.run(), *problem.run(backward=True)]
+    with vlmkern.use_backend("reference"):
+        expected = [problem.run(), *problem.run(backward=True)]
+    for a, e in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-5, equal_nan=True)
+    assert actual[0].isfinite().sum() == 0
+
+
+@pytest.mark.parametrize("name", ["odd_grid", "one_head", "few_kept", "pad_embed"])
+def test_gradients_of_features_that_are_not_finite(name):
+    problem = Problem(**PROBLEMS[name])
+    problem.features[0][0, 0, 3], problem.features[1][1, 4, 2] = torch.nan, torch.inf
+    actual = problem.run(backward=True)
+    with vlmkern.use_backend("reference"):
+        expected = problem.run(backward=True)
+    for a, e in zip(actual, expected, strict=True):
+        assert torch.equal(a.isfinite(), e.isfinite())
+    # the biases' among them
+    assert not any(actual[index].isfinite().any() for index in (3, 5))
+
+
+def test_differences_between_scores_of_1e9_count(form):
+    """Scores 2^30 + 128 i are exact in float32, as are their differences; their product with the scale is not."""
+    features = torch.zeros(1, 4, 2)
+    features[0, :, 0] = 2.0**23 + torch.tensor([0, 1, 2, 4])
+    features[0, :, 1] = torch.arange(4)
+    key_dim = 3000
+    w_q, b_q, w_kv = torch.zeros(key_dim, 2), torch.zeros(key_dim), torch.zeros(key_dim + 1, 2)
+    b_q[0], w_kv[0, 0], w_kv[-1, 1] = 128, 1, 1
+    out = ops.attention_pool([features], w_q, b_q, w_kv, None, torch.ones(1, 1), None, grid=(2, 2), num_heads=1)
+    key, value = features[0].double().unbind(1)
+    expected = (128 * key * key_dim**-0.5).softmax(0) @ value
+    torch.testing.assert_close(out.double(), expected.view(1, 1, 1), rtol=1e-5, atol=0)
+
+
+class Strided(Problem):
+    """The same with weights, biases, mask and indices that are not dense."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.mask, self.keep = apart(self.mask.float()), apart(self.keep)
+
+    def tensors(self, dtype):
+        given = super().tensors(dtype)
+        return [*given[:2], *(apart(x.detach()).requires_grad_() for x in given[2:])]
+
+
+@pytest.mark.parametrize("name", ["few_kept_pad_embed", "most_kept_pad_embed"])
+def test_arguments_that_are_not_dense(form, name):
+    Strided(**PROBLEMS[name]).check()
+
+
+def test_gradients_of_arguments_that_are_not_dense():
+    Strided(**PROBLEMS["few_kept_pad_embed"]).check(backward=True)
 
 
 def test_bitwise_repeatable():

@@ -6,6 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from strided import apart
 from support import LOW_PRECISION, low_precision_close
 
 import vlmkern
@@ -113,6 +114,17 @@ def test_strides_and_leading_dimensions(blocks):
         assert y.shape == (2, 3, 9) and y.is_contiguous()
         y = ops.linear(x, weight, residual=given)
         torch.testing.assert_close(y, eager(x, weight, None, given), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("activation", EAGER)
+def test_arguments_that_are_not_dense(blocks, activation):
+    tensors, weight = make(6, 12, 37), torch.randn(6, 37)
+    strided = [apart(t).requires_grad_() for t in tensors]
+    y = ops.linear(*strided[:3], activation=activation, residual=strided[3])
+    torch.testing.assert_close(y, eager(*tensors, activation), rtol=1e-5, atol=1e-5)
+    expected = gradients([t.requires_grad_() for t in tensors], weight, activation)
+    for a, e in zip(gradients(strided, apart(weight), activation), expected, strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-5, atol=1e-5)
 
 
 def test_arguments_are_not_written_to():

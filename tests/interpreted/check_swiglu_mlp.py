@@ -6,6 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from strided import apart
 from support import LOW_PRECISION, low_precision_close
 
 import vlmkern
@@ -116,6 +117,29 @@ def test_strides(variant, view):
     assert torch.equal(ops.swiglu_mlp(view(x), w_up, w_down), expected)
     actual = ops.swiglu_mlp(x, view(w_up), view(w_down))
     torch.testing.assert_close(actual, expected, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("rows", [3, 70])
+def test_arguments_that_are_not_dense(variant, rows):
+    """Of the fused product and of the elementwise kernels."""
+    tensors = make(rows, 40, 24, 9, torch.bfloat16)
+    weight = torch.randn(rows, 9).bfloat16()
+    strided = [apart(t).requires_grad_() for t in tensors]
+    expected = gradients([t.requires_grad_() for t in tensors], weight)
+    for a, e in zip(gradients(strided, apart(weight)), expected, strict=True):
+        torch.testing.assert_close(a, e, rtol=2e-2, atol=2e-2)
+    actual = ops.swiglu_mlp(*strided[:3], b_up=strided[3], b_down=strided[4])
+    expected = ops.swiglu_mlp(*tensors[:3], b_up=tensors[3], b_down=tensors[4])
+    torch.testing.assert_close(actual, expected, rtol=2e-2, atol=2e-2)
+    # the fused product takes weights whose rows alone are apart
+    hidden = kernels.swiglu_mlp_fwd(*strided[:1], tensors[1], strided[3])
+    assert torch.equal(hidden, kernels.swiglu_mlp_fwd(*tensors[:2], tensors[3]))
+    up, grad = torch.randn(2, rows, 48).bfloat16()
+    assert torch.equal(kernels.silu_mul(apart(up)), kernels.silu_mul(up))
+    for a, e in zip(
+        kernels.silu_mul_bwd(apart(grad[:, :24]), apart(up)), kernels.silu_mul_bwd(grad[:, :24], up), strict=True
+    ):
+        assert torch.equal(a, e)
 
 
 def test_rows_that_repeat(variant):

@@ -46,12 +46,13 @@ def attention_pool(
         return features[0].new_zeros((*shape, len(w_o)))
     keys, (outputs, values) = len(w_q), w_o.shape
     scale = (keys // num_heads) ** -0.5
-    b_v = None if b_kv is None else b_kv.contiguous()[keys:]
+    b_kv = None if b_kv is None else b_kv.contiguous()
+    b_k, b_v = (None, None) if b_kv is None else b_kv.split([keys, values])
     if _absorbs(windows, keys, values, num_heads, features[0].element_size()):
         mean, _ = kernels.slots(windows, write=False)
         w_k, w_v = (w.unflatten(0, (num_heads, -1)) for w in w_kv.split([keys, values]))
         queries = F.linear(mean, w_q, b_q).unflatten(1, (num_heads, -1))
-        pooled = absorbed(_per_head(queries, w_k), windows, scale)
+        pooled = absorbed(_per_head(queries, w_k), b_k, windows, scale)
         context = _per_head(pooled, w_v.mT).flatten(1)
         context = context if b_v is None else context.add_(b_v)
     else:
@@ -60,7 +61,7 @@ def attention_pool(
         kv = F.linear(slots, w_kv) if slots is not None else _project_patches(features, w_kv)
         pad_kv = None if gathered or windows.pad_embed is None else F.linear(windows.pad_embed, w_kv)
         q = F.linear(mean, w_q, b_q)
-        context = kernels.context(q, kv, b_v, pad_kv, windows, num_heads, scale, gathered=gathered)
+        context = kernels.context(q, kv, b_kv, pad_kv, windows, num_heads, scale, gathered=gathered)
     return F.linear(context, w_o, b_o).view(*shape, outputs)
 
 
@@ -97,7 +98,7 @@ def attention_pool_bwd(
     context, d_q, d_kv = kernels_bwd.context_bwd(
         F.linear(mean, w_q, b_q),
         F.linear(slots, w_kv),
-        None if b_kv is None else b_kv.contiguous()[keys:],
+        None if b_kv is None else b_kv.contiguous(),
         d_out @ w_o,
         windows.slots,
         num_heads,
