@@ -127,7 +127,9 @@ def _settings() -> dict[str, dict[str, str]]:
     code = "import json, vlmkern; print(json.dumps(vlmkern.backends()['native']['isas']))"
     isas = json.loads(subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.PIPE, cwd=ROOT).stdout)
     settings = {isa: {"VLMKERN_CPU_ISA": isa} for isa in isas}
-    held = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}
+    # a cache of its own: torch 2.13 loads what it compiled for one vector width for another, and corrupts memory
+    cache = str(ROOT / "build" / "inductor_avx2")
+    held = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2", "TORCHINDUCTOR_CACHE_DIR": cache}
     if "avx2" in isas:
         held["VLMKERN_CPU_ISA"] = "avx2"
     return settings | {AVX2_TORCH: held, REFERENCE: {"VLMKERN_BACKEND": REFERENCE}}

@@ -124,8 +124,10 @@ def attention_pool_bwd(
         if want:
             grads.append(make())
     if of_pad:
-        chosen = torch.stack([row.flatten().to(grad.dtype) for row in pad_rows(mask)])
-        grads.append(torch.cat([chosen @ d.flatten(0, 1) for d in by_feature], dim=1))
+        # chosen, not multiplied by zeros: gradients of other patches may be NaN
+        rows = [row.unsqueeze(-1) for row in pad_rows(mask)]
+        chosen = (torch.stack([torch.where(row, d, 0).sum((0, 1)) for row in rows]) for d in by_feature)
+        grads.append(torch.cat(list(chosen), dim=1))
     return grads
 
 
