@@ -232,3 +232,141 @@ for dtype, tokens, scale in itertools.product(LIMITS, (40, 200), (0.5, -0.5)):
         assert not dq[0, [i for i in range(tokens) if i != 3]].isnan().any()
 """,
     )
+
+
+POOL = """
+from vlmkern.native import dtype_code, extension
+
+
+def pool(features, q, w_k, w_v, heads, scale):
+    # features [windows, 4, width], q [windows, heads * key_dim] -> the context of many heads
+    windows, size, width = features.shape
+    problem = extension().AttentionPool(
+        dtype_code(q.dtype), [(features.data_ptr(), features.stride(0), features.stride(1))],
+        windows, width, [2, 2], [2, 2], 0, 0, 0, windows,
+    )
+    context = q.new_empty(windows, len(w_v))
+    problem.context(q.data_ptr(), w_k.data_ptr(), w_v.data_ptr(), 0, context.data_ptr(), heads,
+                    len(w_k) // heads, len(w_v) // heads, scale, 1)
+    return context
+
+
+def pool_slots(features, q, scale):
+    windows, size, width = features.shape
+    problem = extension().AttentionPool(
+        dtype_code(q.dtype), [(features.data_ptr(), features.stride(0), features.stride(1))],
+        windows, width, [2, 2], [2, 2], 0, 0, 0, windows,
+    )
+    pooled = torch.empty_like(q)
+    problem.slots(q.data_ptr(), pooled.data_ptr(), scale, 1)
+    return pooled
+
+
+def slots_bwd(features, a, b, scale):
+    windows, size, width = features.shape
+    a, b, dx = a.clone(), b.clone(), torch.zeros(features.shape)
+    extension().attention_pool_slots_bwd(dtype_code(a.dtype), features.data_ptr(), [(a.data_ptr(), b.data_ptr())],
+                                         dx.data_ptr(), windows, size, width, scale, 1)
+    return dx, a, b
+
+
+def run_all(x, q, b, scale, dtype, what):
+    # one key and value per channel, so that absorbing the projections rounds nothing
+    width = x.shape[-1]
+    x, q, b = (t.to(dtype) for t in (x, q, b))
+    eye = torch.eye(width, dtype=dtype)
+    exact_scale = float(torch.tensor(scale, dtype=torch.float32))
+    xs, qs, bs = x.double(), q.double(), b.double()
+    p = softmax((qs[:, None] * xs).sum(-1), exact_scale)
+    weighed = slack(p)[..., None]
+    expected = (p[..., None] * xs).sum(1)
+    bound = LIMITS[dtype] * (weighed * xs.abs()).sum(1) + SMALLEST[dtype]
+    # an infinite or undefined channel makes the whole window's scores so, or meets a weight of zero
+    judge(pool(x, torch.cat([q, q], 1), torch.cat([eye, eye]), torch.cat([eye, eye]), 2, scale),
+          torch.cat([expected, expected], 1), torch.cat([bound, bound], 1), ("heads", dtype, scale, what))
+    judge(pool_slots(x, q, scale), expected, bound, ("one head", dtype, scale, what))
+    dx, y, pooled = slots_bwd(x, q, b, scale)
+    judge(pooled, expected, bound, ("pooled", dtype, scale, what))
+    dp = (bs[:, None] * xs).sum(-1)
+    ds = exact_scale * p * (dp - (p * dp).sum(-1, keepdim=True))
+    size = (bs[:, None] * xs).abs().sum(-1)
+    terms = abs(exact_scale) * slack(p) * (size + (slack(p) * size).sum(-1, keepdim=True))
+    judge(y, (ds[..., None] * xs).sum(1), 2 * LIMITS[dtype] * (terms[..., None] * xs.abs()).sum(1) + SMALLEST[dtype],
+          ("y", dtype, scale, what))
+    judge(dx, ds[..., None] * qs[:, None] + p[..., None] * bs[:, None],
+          2 * LIMITS[torch.float32] * (terms[..., None] * qs.abs()[:, None] + slack(p)[..., None] * bs.abs()[:, None])
+          + SMALLEST[dtype], ("dx", dtype, scale, what))
+"""
+
+
+@each_isa
+def test_attention_pool_of_large_scores(isa):
+    """Both pooling kernels and their gradients, from scores of ordinary size to the largest."""
+    check(
+        isa,
+        POOL
+        + """
+for dtype in LIMITS:
+    for base, times in ((0, 0), (4, 0), (7, 0), (7, 2), (8, 20), (8, 40)):
+        if times > 2 and dtype == torch.float16:
+            continue
+        for scale in (0.125, -0.1, 0.7 * 4.0**-times, 2.0 ** -(base + 2 * times), 0.0, 1e-40, -1e30):
+            if scale == -1e30 and (times or dtype == torch.float16):
+                continue  # gradients overflow
+            x, q, b = whole(37, 4, 5), whole(37, 5), whole(37, 5)
+            x[..., 0], q[..., 0] = 2.0**base, 2.0**base
+            x[:, 2] = x[:, 1]
+            run_all(x * 2.0**times, q * 2.0**times, b, scale, dtype, (base, times))
+""",
+    )
+
+
+@each_isa
+def test_attention_pool_of_infinite_and_undefined_values(isa):
+    """What is not defined stays in its window."""
+    check(
+        isa,
+        POOL
+        + """
+for dtype, bad, place in itertools.product(LIMITS, (nan, inf, -inf), ("slot", "slots", "query", "weight")):
+    x, q = whole(37, 4, 5).to(dtype), whole(37, 5).to(dtype)
+    w_k, w_v = torch.eye(5, dtype=dtype), torch.eye(5, dtype=dtype)
+    if place == "slot":
+        x[11, 1, 2] = bad
+    elif place == "slots":
+        x[11, :, 2] = bad
+    elif place == "query":
+        q[11, 2] = bad
+    else:
+        w_k[2, 3] = bad
+    v = (x[..., None, :].double() * w_v.double()).sum(-1)
+    k = (x[..., None, :].double() * w_k.double()).sum(-1)
+    expected, pooled = (
+        (torch.softmax((q[:, None].double() * keys).sum(-1), -1)[..., None] * values).sum(1)
+        for keys, values in ((k, v), (x.double(), x.double()))
+    )
+    found = pool(x, torch.cat([q, q], 1), torch.cat([w_k, w_k]), torch.cat([w_v, w_v]), 2, 1.0)
+    others = [i for i in range(37) if i != 11]
+    if place == "weight":
+        assert found.isnan().all()
+        continue
+    assert found[others].isfinite().all() and not found[11].isfinite().all()
+    assert found[11].isnan()[expected[11].repeat(2).isnan()].all()
+    one = pool_slots(x, q, 1.0)
+    assert one[others].isfinite().all() and torch.equal(one[11].isnan(), pooled[11].isnan())
+    for t in slots_bwd(x, q, whole(37, 5).to(dtype), 1.0):
+        assert t[others].isfinite().all() and t[11].isnan().any()
+# slots whose score is -inf weigh nothing
+for dtype in (torch.float32, torch.bfloat16):
+    x, q = whole(37, 4, 5), whole(37, 5)
+    q[:, 0], x[..., 0], x[:, 2, 0] = 2.0**70, 0.0, -(2.0**70)
+    x, q = x.to(dtype), q.to(dtype)
+    p = torch.softmax((q.double()[:, None] * x.double()).sum(-1).float().double(), -1)
+    expected = (p[..., None] * x.double()).sum(1)
+    assert (p[:, 2] == 0).all()
+    bound = LIMITS[dtype] * (slack(p)[..., None] * x.double().abs()).sum(1) + SMALLEST[dtype]
+    judge(pool_slots(x, q, 1.0), expected, bound, "-inf")
+    eye = torch.eye(5, dtype=dtype)
+    judge(pool(x, q, eye, eye, 1, 1.0), expected, bound, "-inf")
+""",
+    )

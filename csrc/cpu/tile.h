@@ -39,6 +39,13 @@ struct Scale {
   }
 };
 
+// The same of any scale: the scores take its sign, as maxima are taken before scaling.
+struct SignedScale : Scale {
+  explicit SignedScale(float scale) : Scale(scale < 0 ? -scale : scale) {
+    if (scale < 0) before = -before;
+  }
+};
+
 #if defined(__AVX512BF16__)
 struct Bf16Pairs {
   static constexpr int pair = 2;
