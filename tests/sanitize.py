@@ -13,7 +13,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-TESTS = ("attention", "attention_pool", "linear", "swiglu_mlp", "native", "native_extremes", "native_memory", "native_properties")
+TESTS = (
+    *("attention", "attention_pool", "linear", "swiglu_mlp"),
+    *("native", "native_extremes", "native_memory", "native_properties"),
+)
 # compilers and child processes would run with the preloaded runtime, and without the sanitized extension
 LEFT_OUT = "not compile and not by_force and not isa_that and not opcheck and not change_after"
 

@@ -7,6 +7,4 @@ from torch import Tensor
 
 def extents(*tensors: Tensor | None) -> list[int]:
     """For each tensor the elements from its address to the end of its storage; 0 for None."""
-    return [
-        0 if t is None else t.untyped_storage().nbytes() // t.element_size() - t.storage_offset() for t in tensors
-    ]
+    return [0 if t is None else t.untyped_storage().nbytes() // t.element_size() - t.storage_offset() for t in tensors]
