@@ -241,6 +241,33 @@ for dtype, tokens, scale in itertools.product(LIMITS, (40, 200), (0.5, -0.5)):
     )
 
 
+@each_isa
+def test_attention_of_sizes_at_the_ends(isa):
+    """One channel and many, one token, no head."""
+    check(
+        isa,
+        FORWARD
+        + """
+from vlmkern.native.attention import attention_bwd
+
+for dtype, tokens, dim in itertools.product(LIMITS, (1, 2, 17, 97), (1, 2, 256, 301)):
+    q, k, v, grad = torch.randn(4, tokens, dim)
+    run(q, k, v, dim**-0.5, dtype, (tokens, dim))
+    g, a, b, c = (x.to(dtype)[None, :, None] for x in (grad, q, k, v))
+    found = attention_bwd(g, a, b, c, *attention(a, b, c, dim**-0.5, None, None), dim**-0.5, None, None)
+    leaves = [x.double().requires_grad_() for x in (a, b, c)]
+    p = torch.softmax(torch.einsum("bnhd,bmhd->bhnm", *leaves[:2]) * dim**-0.5, -1)
+    exact = torch.autograd.grad(torch.einsum("bhnm,bmhd->bnhd", p, leaves[2]), leaves, g.double())
+    for actual, expected in zip(found, exact, strict=True):
+        judge(actual, expected, 4 * LIMITS[dtype] * (1 + expected.abs().max()), ("gradient", dtype, tokens, dim))
+    nothing = torch.empty(2, tokens, 0, dim, dtype=dtype)
+    out, lse = attention(nothing, nothing, nothing, 1.0, None, None)
+    grads = attention_bwd(nothing, nothing, nothing, nothing, out, lse, 1.0, None, None)
+    assert all(t.shape == nothing.shape for t in (out, *grads)) and lse.shape == (2, 0, tokens)
+""",
+    )
+
+
 POOL = """
 from vlmkern.native import dtype_code, extension
 

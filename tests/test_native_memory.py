@@ -192,6 +192,45 @@ def test_strides_of_single_entries_are_never_followed():
     torch.testing.assert_close(hidden, torch.nn.functional.silu(up[:, 4:]) * up[:, :4])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_tensors_at_odd_addresses(dtype):
+    """Memory of other programs need not be aligned: the results are those of aligned copies."""
+    from vlmkern.native.attention import attention, attention_bwd
+    from vlmkern.native.attention_pool import attention_pool
+    from vlmkern.native.linear import linear
+    from vlmkern.native.swiglu_mlp import silu_mul
+
+    def odd(t):
+        memory = torch.frombuffer(bytearray(t.nbytes + 16), dtype=torch.uint8)
+        at = 1 - memory.data_ptr() % 2
+        memory[at : at + t.nbytes] = t.contiguous().view(torch.uint8).flatten()
+        return torch.frombuffer(memory.numpy(), dtype=t.dtype, count=t.numel(), offset=at).view(t.shape)
+
+    q, k, v, grad = torch.randn(4, 50, 2, 19).to(dtype).unbind(0)
+    out, lse = attention(q, k, v, 0.3, None, None)
+    up, x, weight, bias = (torch.randn(*shape).to(dtype) for shape in ((3, 38), (2, 37), (9, 37), (9,)))
+    features = torch.randn(1, 15, 20).to(dtype)
+    weights = [torch.randn(*shape).to(dtype) for shape in ((6, 20), (10, 20), (3, 4))]
+    pad_embed, mask, keep = torch.randn(2, 20).to(dtype), torch.rand(1, 15), torch.tensor([5, 0, 3])
+    bounds = torch.tensor([0, 11, 50], dtype=torch.int32)
+
+    def run(move):
+        at = [move(t) for t in (q, k, v)]
+        w_q, w_kv, w_o = map(move, weights)
+        return [
+            *attention(*at, 0.3, move(bounds), 39),
+            *attention_bwd(move(grad), *at, move(out), move(lse), 0.3, None, None),
+            silu_mul(move(up)),
+            linear(move(x), move(weight), move(bias), "none", None),
+            attention_pool(
+                [move(features)], w_q, None, w_kv, None, w_o, None, [3, 5], 2, [2, 2], move(pad_embed), mask, move(keep)
+            ),
+        ]
+
+    assert odd(q).data_ptr() % 2 == 1
+    assert all(map(torch.equal, run(odd), run(torch.clone)))
+
+
 # another thread writes while the call runs, so that what is read twice is not the same twice
 CHANGING = """
 import threading

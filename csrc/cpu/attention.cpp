@@ -138,7 +138,8 @@ void accumulate(const float* v, int64_t channels, int64_t steps, const float* p,
 
 // The block's output rows and log-sum-exps from the sums, [channels][vectors][lanes].
 template <int vectors, typename T>
-void finish(const AttentionHead& head, int64_t begin, int64_t count, const float* o, Vec scale, const Vec (&highest)[vectors], const Vec (&sum)[vectors]) {
+void finish(const AttentionHead& head, int64_t begin, int64_t count, const float* o, Vec scale, const Vec (&highest)[vectors],
+            const Vec (&sum)[vectors]) {
   for (int j = 0; j < vectors; ++j) {
     const int64_t lanes = count - j * kWidth < kWidth ? count - j * kWidth : kWidth;
     if (lanes <= 0) return;
@@ -148,7 +149,8 @@ void finish(const AttentionHead& head, int64_t begin, int64_t count, const float
     float top[kWidth], total[kWidth];
     store(top, highest[j] * scale);
     store(total, sum[j]);
-    for (int64_t i = 0; i < lanes; ++i) head.lse[begin + j * kWidth + i] = top[i] + __builtin_logf(total[i]);
+    for (int64_t i = 0; i < lanes; ++i) top[i] += __builtin_logf(total[i]);
+    store_n(head.lse + begin + j * kWidth, load(top), int(lanes));
   }
 }
 

@@ -318,7 +318,7 @@ void differentiate(const AttentionHeadBwd& head, void* memory) {
     bool settled = scale.before != 1;
     for (int64_t i = 0; i < kQueries; ++i) {
       const int64_t n = begin + i;
-      const float lse = i < queries ? head.lse[n] : 0.0f;
+      const float lse = i < queries ? to_float(head.lse + n) : 0.0f;
       settled |= !(__builtin_fabsf(lse) <= kMaxLse<T>);
       scratch.shift[i] = lse * kLog2e;
       scratch.delta[i] = i < queries ? dot(grad + n * head.grad_stride, out + n * head.o_stride, head.head_dim) : 0.0f;

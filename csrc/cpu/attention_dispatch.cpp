@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <cstring>
 #include <vector>
 
 #include "cpu/check.h"
@@ -44,7 +45,8 @@ class Sequences {
     require_product("segments", {p.segments, p.heads});
     extents.require_reach(index, "cu_seqlens", p.segments + 1);
     // a copy: what is checked here nobody can write to before it is used
-    bounds_.assign(p.cu_seqlens, p.cu_seqlens + p.segments + 1);
+    bounds_.resize(p.segments + 1);
+    std::memcpy(bounds_.data(), p.cu_seqlens, bounds_.size() * sizeof(int32_t));
     require(bounds_.front() == 0 && bounds_.back() == p.tokens, "cu_seqlens: expected bounds from 0 to the number of tokens");
     count_ = p.segments, longest_ = 0;
     for (int64_t s = 0; s < p.segments; ++s) {

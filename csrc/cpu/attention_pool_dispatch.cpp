@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <cstring>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -52,14 +53,16 @@ void check(const AttentionPool& p, int threads) {
     p.extents->require_reach(p.layers + 2, "keep", p.windows);
 }
 
-// keep and pad are read once and checked as they are read: nobody can write to them in between.
+// keep and pad are copied or read once, and checked after that: nobody can write to them in between.
 std::vector<PoolSlot> find_slots(const AttentionPool& p) {
   const int64_t across = windows_of(p.grid_cols, p.window_cols), down = windows_of(p.grid_rows, p.window_rows);
   const int64_t patches = p.grid_rows * p.grid_cols, all = all_windows(p);
   std::vector<PoolSlot> slots(p.windows * p.window_rows * p.window_cols);
+  std::vector<int64_t> keep(p.keep ? p.windows : 0);
+  if (!keep.empty()) std::memcpy(keep.data(), p.keep, keep.size() * sizeof(int64_t));
   PoolSlot* next = slots.data();
   for (int64_t i = 0; i < p.windows; ++i) {
-    const int64_t window = p.keep ? *static_cast<const volatile int64_t*>(p.keep + i) : i;
+    const int64_t window = keep.empty() ? i : keep[i];
     if (window < 0 || window >= all)
       throw std::invalid_argument("keep: got " + std::to_string(window) + ", expected 0 to " + std::to_string(all - 1));
     const int64_t tile = window / (across * down), top = window / across % down * p.window_rows, left = window % across * p.window_cols;
