@@ -1,5 +1,6 @@
 // The one table between Python and C++: raw pointers as integers, sizes and strides in elements.
-// Nothing of torch; the callers in vlmkern/native own the tensors and keep them alive for the call.
+// Nothing of torch; the callers in vlmkern/native own the tensors and keep them alive for the call. With `extents`, the
+// elements from each address on, every call makes sure that it stays inside them.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -7,13 +8,16 @@
 #include <cstdint>
 #include <string>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "cpu/attention.h"
 #include "cpu/attention_pool.h"
+#include "cpu/check.h"
 #include "cpu/isa.h"
 #include "cpu/linear.h"
 #include "cpu/swiglu_mlp.h"
+#include "cpu/units.h"
 #if VLMKERN_HAVE_CUDA
 #include "cuda/device.h"
 #endif
@@ -30,13 +34,16 @@ using Strides = std::array<int64_t, 3>;
 
 AttentionInputs::Strides strides(const Strides& s) { return {s[0], s[1], s[2]}; }
 
+using ExtentList = std::vector<int64_t>;
+
 // The windows of attention_pool, with what a problem's features point to.
 class PoolProblem {
  public:
   using Feature = std::tuple<uintptr_t, int64_t, int64_t>;  // address, strides of tiles and patches
 
   PoolProblem(int dtype, const std::vector<Feature>& features, int64_t tiles, int64_t channels, std::array<int64_t, 2> grid,
-              std::array<int64_t, 2> window, uintptr_t pad, uintptr_t pad_embed, uintptr_t keep, int64_t windows) {
+              std::array<int64_t, 2> window, uintptr_t pad, uintptr_t pad_embed, uintptr_t keep, int64_t windows, ExtentList extents)
+      : extents_(std::move(extents)) {
     for (const auto& [address, tile_stride, patch_stride] : features) features_.push_back({at(address), tile_stride, patch_stride});
     p_.dtype = static_cast<DType>(dtype);
     p_.features = features_.data(), p_.layers = int64_t(features_.size());
@@ -44,12 +51,14 @@ class PoolProblem {
     p_.grid_rows = grid[0], p_.grid_cols = grid[1], p_.window_rows = window[0], p_.window_cols = window[1];
     p_.pad = static_cast<const uint8_t*>(at(pad)), p_.pad_embed = at(pad_embed);
     p_.keep = static_cast<const int64_t*>(at(keep)), p_.windows = windows;
+    p_.extents = &extents_;
   }
   PoolProblem(const PoolProblem&) = delete;
   const AttentionPool& get() const { return p_; }
 
  private:
   std::vector<PoolFeature> features_;
+  Extents extents_;
   AttentionPool p_;
 };
 
@@ -79,6 +88,8 @@ py::dict cuda() {
 
 PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.doc() = "Native kernels of vlmkern";
+  if (!watch_forks()) throw std::bad_alloc();
+  const auto kExtents = py::arg("extents") = ExtentList();
 
   m.def("isa", [] { return name(active()); }, "The instruction set in use");
   m.def("usable_isas", usable_isas, "Instruction sets that this build and CPU can run, lowest first");
@@ -88,7 +99,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
       "attention_fwd",
       [](int dtype, uintptr_t q, uintptr_t k, uintptr_t v, Strides q_strides, Strides k_strides, Strides v_strides, uintptr_t out,
          uintptr_t lse, int64_t batch, int64_t tokens, int64_t heads, int64_t head_dim, uintptr_t cu_seqlens, int64_t segments, float scale,
-         int threads) {
+         int threads, ExtentList extents) {
         py::gil_scoped_release release;
         Attention p;
         p.dtype = static_cast<DType>(dtype);
@@ -98,16 +109,17 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
         p.batch = batch, p.tokens = tokens, p.heads = heads, p.head_dim = head_dim;
         p.cu_seqlens = static_cast<const int32_t*>(at(cu_seqlens)), p.segments = segments;
         p.scale = scale;
-        attention_fwd(p, threads);
+        attention_fwd(p, threads, Extents(std::move(extents)));
       },
       py::arg("dtype"), py::arg("q"), py::arg("k"), py::arg("v"), py::arg("q_strides"), py::arg("k_strides"), py::arg("v_strides"),
       py::arg("out"), py::arg("lse"), py::arg("batch"), py::arg("tokens"), py::arg("heads"), py::arg("head_dim"), py::arg("cu_seqlens"),
-      py::arg("segments"), py::arg("scale"), py::arg("threads"));
+      py::arg("segments"), py::arg("scale"), py::arg("threads"), kExtents);
   m.def(
       "attention_bwd",
       [](int dtype, uintptr_t grad, uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t out, Strides grad_strides, Strides q_strides,
          Strides k_strides, Strides v_strides, Strides out_strides, uintptr_t lse, uintptr_t dq, uintptr_t dk, uintptr_t dv, int64_t batch,
-         int64_t tokens, int64_t heads, int64_t head_dim, uintptr_t cu_seqlens, int64_t segments, float scale, int threads) {
+         int64_t tokens, int64_t heads, int64_t head_dim, uintptr_t cu_seqlens, int64_t segments, float scale, int threads,
+         ExtentList extents) {
         py::gil_scoped_release release;
         AttentionBwd p;
         p.dtype = static_cast<DType>(dtype);
@@ -119,79 +131,83 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
         p.batch = batch, p.tokens = tokens, p.heads = heads, p.head_dim = head_dim;
         p.cu_seqlens = static_cast<const int32_t*>(at(cu_seqlens)), p.segments = segments;
         p.scale = scale;
-        attention_bwd(p, threads);
+        attention_bwd(p, threads, Extents(std::move(extents)));
       },
       py::arg("dtype"), py::arg("grad"), py::arg("q"), py::arg("k"), py::arg("v"), py::arg("out"), py::arg("grad_strides"),
       py::arg("q_strides"), py::arg("k_strides"), py::arg("v_strides"), py::arg("out_strides"), py::arg("lse"), py::arg("dq"),
       py::arg("dk"), py::arg("dv"), py::arg("batch"), py::arg("tokens"), py::arg("heads"), py::arg("head_dim"), py::arg("cu_seqlens"),
-      py::arg("segments"), py::arg("scale"), py::arg("threads"));
+      py::arg("segments"), py::arg("scale"), py::arg("threads"), kExtents);
   py::class_<PoolProblem>(m, "AttentionPool", py::module_local(),
                           "Addresses and sizes only: the caller keeps the tensors alive")
       .def(py::init<int, const std::vector<PoolProblem::Feature>&, int64_t, int64_t, std::array<int64_t, 2>, std::array<int64_t, 2>, uintptr_t,
-                    uintptr_t, uintptr_t, int64_t>(),
+                    uintptr_t, uintptr_t, int64_t, ExtentList>(),
            py::arg("dtype"), py::arg("features"), py::arg("tiles"), py::arg("channels"), py::arg("grid"), py::arg("window"), py::arg("pad"),
-           py::arg("pad_embed"), py::arg("keep"), py::arg("windows"))
+           py::arg("pad_embed"), py::arg("keep"), py::arg("windows"), kExtents)
       .def(
           "mean",
-          [](const PoolProblem& p, uintptr_t mean, int threads) {
+          [](const PoolProblem& p, uintptr_t mean, int threads, ExtentList extents) {
             py::gil_scoped_release release;
-            attention_pool_mean(p.get(), at(mean), threads);
+            attention_pool_mean(p.get(), at(mean), threads, Extents(std::move(extents)));
           },
-          py::arg("mean"), py::arg("threads"))
+          py::arg("mean"), py::arg("threads"), kExtents)
       .def(
           "context",
           [](const PoolProblem& p, uintptr_t q, uintptr_t w_k, uintptr_t w_v, uintptr_t b_v, uintptr_t context, int64_t heads,
-             int64_t key_dim, int64_t value_dim, float scale, int threads) {
+             int64_t key_dim, int64_t value_dim, float scale, int threads, ExtentList extents) {
             py::gil_scoped_release release;
-            attention_pool_context(p.get(), at(q), at(w_k), at(w_v), at(b_v), at(context), heads, key_dim, value_dim, scale, threads);
+            attention_pool_context(p.get(), at(q), at(w_k), at(w_v), at(b_v), at(context), heads, key_dim, value_dim, scale, threads,
+                                   Extents(std::move(extents)));
           },
           py::arg("q"), py::arg("w_k"), py::arg("w_v"), py::arg("b_v"), py::arg("context"), py::arg("heads"), py::arg("key_dim"),
-          py::arg("value_dim"), py::arg("scale"), py::arg("threads"))
+          py::arg("value_dim"), py::arg("scale"), py::arg("threads"), kExtents)
       .def(
           "slots",
-          [](const PoolProblem& p, uintptr_t q, uintptr_t pooled, float scale, int threads) {
+          [](const PoolProblem& p, uintptr_t q, uintptr_t pooled, float scale, int threads, ExtentList extents) {
             py::gil_scoped_release release;
-            attention_pool_slots(p.get(), at(q), at(pooled), scale, threads);
+            attention_pool_slots(p.get(), at(q), at(pooled), scale, threads, Extents(std::move(extents)));
           },
-          py::arg("q"), py::arg("pooled"), py::arg("scale"), py::arg("threads"));
+          py::arg("q"), py::arg("pooled"), py::arg("scale"), py::arg("threads"), kExtents);
   m.def(
       "attention_pool_slots_bwd",
       [](int dtype, uintptr_t x, const std::vector<std::array<uintptr_t, 2>>& vectors, uintptr_t dx, int64_t windows, int64_t size,
-         int64_t width, float scale, int threads) {
+         int64_t width, float scale, int threads, ExtentList extents) {
         py::gil_scoped_release release;
         std::vector<void*> pointers;
         for (const auto& [a, b] : vectors) pointers.insert(pointers.end(), {at(a), at(b)});
         attention_pool_slots_bwd({static_cast<DType>(dtype), at(x), pointers.data(), static_cast<float*>(at(dx)), windows,
                                   int64_t(vectors.size()), size, width, scale},
-                                 threads);
+                                 threads, Extents(std::move(extents)));
       },
       py::arg("dtype"), py::arg("x"), py::arg("vectors"), py::arg("dx"), py::arg("windows"), py::arg("size"), py::arg("width"),
-      py::arg("scale"), py::arg("threads"));
+      py::arg("scale"), py::arg("threads"), kExtents);
   m.attr("max_linear_rows") = kMaxLinearRows;
   m.def(
       "linear_few_rows",
       [](int dtype, uintptr_t x, int64_t x_stride, uintptr_t weight, int64_t weight_stride, uintptr_t bias, uintptr_t y, int64_t rows,
-         int64_t inputs, int64_t outputs, int threads) {
+         int64_t inputs, int64_t outputs, int threads, ExtentList extents) {
         py::gil_scoped_release release;
         linear_few_rows({static_cast<DType>(dtype), at(x), x_stride, at(weight), weight_stride, at(bias), at(y), rows, inputs, outputs},
-                        threads);
+                        threads, Extents(std::move(extents)));
       },
       py::arg("dtype"), py::arg("x"), py::arg("x_stride"), py::arg("weight"), py::arg("weight_stride"), py::arg("bias"), py::arg("y"),
-      py::arg("rows"), py::arg("inputs"), py::arg("outputs"), py::arg("threads"));
+      py::arg("rows"), py::arg("inputs"), py::arg("outputs"), py::arg("threads"), kExtents);
   m.def(
       "silu_mul_fwd",
-      [](int dtype, uintptr_t up, int64_t up_stride, uintptr_t out, int64_t rows, int64_t cols, int threads) {
+      [](int dtype, uintptr_t up, int64_t up_stride, uintptr_t out, int64_t rows, int64_t cols, int threads,
+         ExtentList extents) {
         py::gil_scoped_release release;
-        silu_mul_fwd(static_cast<DType>(dtype), at(up), up_stride, at(out), rows, cols, threads);
+        silu_mul_fwd(static_cast<DType>(dtype), at(up), up_stride, at(out), rows, cols, threads, Extents(std::move(extents)));
       },
-      py::arg("dtype"), py::arg("up"), py::arg("up_stride"), py::arg("out"), py::arg("rows"), py::arg("cols"), py::arg("threads"));
+      py::arg("dtype"), py::arg("up"), py::arg("up_stride"), py::arg("out"), py::arg("rows"), py::arg("cols"), py::arg("threads"),
+      kExtents);
   m.def(
       "silu_mul_bwd",
       [](int dtype, uintptr_t grad, uintptr_t up, int64_t up_stride, uintptr_t grad_up, uintptr_t hidden, int64_t rows, int64_t cols,
-         int threads) {
+         int threads, ExtentList extents) {
         py::gil_scoped_release release;
-        silu_mul_bwd(static_cast<DType>(dtype), at(grad), at(up), up_stride, at(grad_up), at(hidden), rows, cols, threads);
+        silu_mul_bwd(static_cast<DType>(dtype), at(grad), at(up), up_stride, at(grad_up), at(hidden), rows, cols, threads,
+                     Extents(std::move(extents)));
       },
       py::arg("dtype"), py::arg("grad"), py::arg("up"), py::arg("up_stride"), py::arg("grad_up"), py::arg("hidden"), py::arg("rows"),
-      py::arg("cols"), py::arg("threads"));
+      py::arg("cols"), py::arg("threads"), kExtents);
 }

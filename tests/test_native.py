@@ -143,6 +143,7 @@ def test_writes_only_its_output():
         ((0, 64, 2**62, 64, 3, 13, 1), "up_stride"),
         ((0, 64, 2**63 - 1, 64, 1, 2**62, 1), "cols"),
         ((0, 0, 26, 64, 3, 13, 1), "null pointer"),
+        ((0, 64, 0, 64, 2**62, 0, 1), "rows and cols: too large"),
     ],
 )
 def test_refuses_arguments_that_describe_no_memory(arguments, message):
@@ -230,8 +231,9 @@ def test_attention_bwd_writes_only_its_outputs(dtype, tokens, dim):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((0, 64, 8, 64, 8, 0, 64, 5, 8, 3, 1), "rows: expected 0 to 4"),
-        ((0, 64, 8, 64, 8, 0, 64, 1, 2**50, 3, 1), "out of range"),
+        ((0, 64, 8, 64, 8, 0, 64, 5, 8, 3, 1), "rows: got 5, expected 0 to 4"),
+        ((0, 64, 8, 64, 8, 0, 64, 1, 2**50, 3, 1), "weight: too large"),
+        ((0, 64, 8, 64, 0, 0, 64, 1, 2**48, 2**48, 1), "weight: too large"),
         ((0, 64, -8, 64, 8, 0, 64, 2, 8, 3, 1), "x_stride"),
         ((0, 64, 8, 64, 2**60, 0, 64, 1, 8, 3, 1), "weight_stride"),
         ((0, 64, 8, 0, 8, 0, 64, 1, 8, 3, 1), "null pointer"),

@@ -78,14 +78,28 @@ void score(const float* k, int64_t head_words, int64_t count, const float* q, fl
   }
 }
 
-// p = 2^(scale * s - shift), in the layout of the second product; sum[j] takes in the weights as they were rounded.
+// The scores times a factor, and highest[j] anew.
+template <int vectors>
+void rescale_scores(float* s, int64_t count, Vec factor, Vec (&highest)[vectors]) {
+  for (int64_t key = 0; key < count; ++key) {
+    for (int j = 0; j < vectors; ++j) {
+      float* at = s + (key * vectors + j) * kWidth;
+      const Vec x = load(at) * factor;
+      highest[j] = max(highest[j], x);
+      store(at, x);
+    }
+  }
+}
+
+// p = 2^(scale * (s - shift)), in the layout of the second product; sum[j] takes in the weights as they were rounded.
+// The difference comes first, as it is exact where it matters; scale * shift, rounded, is off by 64 when it is 1e9.
 template <class Maths, int vectors>
 void exponentiate(const float* s, int64_t count, Vec scale, const Vec (&shift)[vectors], float* p, Vec (&sum)[vectors]) {
   for (int64_t key = 0; key < count; key += Maths::pair) {
 #pragma GCC unroll 4
     for (int j = 0; j < vectors; ++j) {
       const float* from = s + (key * vectors + j) * kWidth;
-      const Vec first = exp2_nonpositive<Maths::exp2_degree>(fma(load(from), scale, set1(0.0f) - shift[j]));
+      const Vec first = exp2_nonpositive<Maths::exp2_degree>((load(from) - shift[j]) * scale);
       float* to = p + (key / Maths::pair * vectors + j) * kWidth;
       if constexpr (Maths::pair == 1) {
         sum[j] = sum[j] + first;
@@ -93,7 +107,7 @@ void exponentiate(const float* s, int64_t count, Vec scale, const Vec (&shift)[v
       } else {
 #if defined(__AVX512BF16__)
         // a key beyond the last one was scored -inf, so its weight is 0
-        const Vec second = exp2_nonpositive<Maths::exp2_degree>(fma(load(from + vectors * kWidth), scale, set1(0.0f) - shift[j]));
+        const Vec second = exp2_nonpositive<Maths::exp2_degree>((load(from + vectors * kWidth) - shift[j]) * scale);
         const Vec words = interleave(first, second);
         sum[j] = Maths::multiply_add(words, Vec{_mm512_castsi512_ps(_mm512_set1_epi32(0x3f803f80))}, sum[j]);
         store(to, words);
@@ -124,7 +138,8 @@ void accumulate(const float* v, int64_t channels, int64_t steps, const float* p,
 
 // The block's output rows and log-sum-exps from the sums, [channels][vectors][lanes].
 template <int vectors, typename T>
-void finish(const AttentionHead& head, int64_t begin, int64_t count, const float* o, Vec scale, const Vec (&highest)[vectors], const Vec (&sum)[vectors]) {
+void finish(const AttentionHead& head, int64_t begin, int64_t count, const float* o, Vec scale, const Vec (&highest)[vectors],
+            const Vec (&sum)[vectors]) {
   for (int j = 0; j < vectors; ++j) {
     const int64_t lanes = count - j * kWidth < kWidth ? count - j * kWidth : kWidth;
     if (lanes <= 0) return;
@@ -134,7 +149,8 @@ void finish(const AttentionHead& head, int64_t begin, int64_t count, const float
     float top[kWidth], total[kWidth];
     store(top, highest[j] * scale);
     store(total, sum[j]);
-    for (int64_t i = 0; i < lanes; ++i) head.lse[begin + j * kWidth + i] = top[i] * kLn2 + __builtin_logf(total[i]);
+    for (int64_t i = 0; i < lanes; ++i) top[i] += __builtin_logf(total[i]);
+    store_n(head.lse + begin + j * kWidth, load(top), int(lanes));
   }
 }
 
@@ -143,9 +159,8 @@ void attend_block(const AttentionHead& head, const Layout<Maths>& layout, const 
   // the maximum is taken before scaling, so a negative scale moves its sign to the queries
   pack_block<Maths, vectors>(static_cast<const T*>(head.q) + begin * head.q_stride, head.q_stride, end - begin, head.head_dim,
                              layout.head_words, scratch.rows, scratch.q, head.scale < 0 ? Maths::sign_bits : 0);
-  // no scale is taken for the smallest one: 0 times the -inf that stands for "no key yet" would be NaN
-  const float magnitude = head.scale < 0 ? -head.scale : head.scale;
-  const Vec scale = set1((magnitude == 0 ? __FLT_MIN__ : magnitude) * kLog2e);
+  const Scale parts(head.scale < 0 ? -head.scale : head.scale);
+  const Vec scale = set1(parts.after * kLog2e);
 
   Vec highest[vectors], sum[vectors];
   for (int j = 0; j < vectors; ++j) highest[j] = set1(-kInfinity), sum[j] = set1(0.0f);
@@ -154,10 +169,14 @@ void attend_block(const AttentionHead& head, const Layout<Maths>& layout, const 
     Vec next[vectors], shift[vectors], rescale[vectors];
     for (int j = 0; j < vectors; ++j) next[j] = highest[j];
     score<Maths, vectors>(scratch.k + key * layout.head_words, layout.head_words, count, scratch.q, scratch.s, next);
+    if (parts.before != 1) {
+      for (int j = 0; j < vectors; ++j) next[j] = highest[j];
+      rescale_scores<vectors>(scratch.s, count, set1(parts.before), next);
+    }
     for (int j = 0; j < vectors; ++j) {
       // while every score is -inf there is no maximum to subtract, and -inf less -inf would be NaN
-      shift[j] = select_equal(next[j], set1(-kInfinity), set1(0.0f), next[j] * scale);
-      rescale[j] = exp2_nonpositive<6>(fma(highest[j], scale, set1(0.0f) - shift[j]));
+      shift[j] = select_equal(next[j], set1(-kInfinity), set1(0.0f), next[j]);
+      rescale[j] = exp2_nonpositive<6>((highest[j] - shift[j]) * scale);
       highest[j] = next[j];
     }
     Vec chunk_sum[vectors] = {};
@@ -166,7 +185,7 @@ void attend_block(const AttentionHead& head, const Layout<Maths>& layout, const 
     accumulate<Maths, vectors>(scratch.v + key / Maths::pair * layout.channels, layout.channels, (count + Maths::pair - 1) / Maths::pair,
                                scratch.p, key == 0, rescale, scratch.o);
   }
-  finish<vectors, T>(head, begin, end - begin, scratch.o, scale, highest, sum);
+  finish<vectors, T>(head, begin, end - begin, scratch.o, set1(parts.after), highest, sum);
 }
 
 template <class Maths, typename T>

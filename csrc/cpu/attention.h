@@ -8,6 +8,8 @@
 
 namespace vlmkern {
 
+class Extents;  // cpu/check.h, which the kernels do without
+
 // All of q, k, v and out are rows of head_dim elements; strides are between tokens, in elements.
 struct AttentionHead {
   DType dtype;
@@ -61,8 +63,9 @@ struct AttentionBwd : AttentionInputs {
   void *dq, *dk, *dv;   // dense, like `out` of the forward
 };
 
-// Throws std::invalid_argument on sizes, strides or bounds that cannot be; touches nothing before that.
-void attention_fwd(const Attention& problem, int threads);
-void attention_bwd(const AttentionBwd& problem, int threads);
+// Extents are those of all tensors in the order of Python's arguments, cu_seqlens last. Throws std::invalid_argument on
+// sizes, strides, bounds or extents that cannot be; writes nothing before that.
+void attention_fwd(const Attention& problem, int threads, const Extents& extents);
+void attention_bwd(const AttentionBwd& problem, int threads, const Extents& extents);
 
 }  // namespace vlmkern

@@ -2,6 +2,8 @@
 //
 // With P = exp(scale * Q K^T - lse) recomputed and delta = rowsum(dO * O):
 //     dV = P^T dO,  dS = P * (dO V^T - delta),  dQ = scale * dS K,  dK = scale * dS^T Q.
+// Where lse is so large that its rounding shows in P, a block's maxima, sums and delta are computed again: two products
+// more, so 14 instead of 10 * tokens^2 * head_dim.
 //
 // S^T = K Q^T and dP^T = V dO^T are tiles of keys times queries in the SIMD lanes, as in attention.cpp. dQ^T = K^T dS^T
 // takes dS^T as it comes, queries in the lanes; in dV = P^T dO and dK the rows of P^T and dS^T are what is broadcast,
@@ -25,6 +27,10 @@ constexpr int kLanes = kMaxVectors * kWidth;
 constexpr int kQueries = 3 * kLanes;
 constexpr int kChunk = 96;
 
+// The largest lse whose rounding to float32 stays below that of the gradients: 2^-18 and 2^-14 of a weight.
+template <typename T>
+constexpr float kMaxLse = sizeof(T) == sizeof(float) ? 64.0f : 1024.0f;
+
 // Everything below counts in 32-bit words: a float32, or a pair of bfloat16.
 template <class Maths>
 struct Layout {
@@ -44,7 +50,8 @@ struct Scratch {
   float *rows;
   float *p, *ds, *ds_lanes;                             // [key][query], and ds by pairs of keys
   float *dq, *dk, *dv;
-  float *lse, *delta;                                   // of a block's queries; lse in units of ln 2
+  // of a block's queries: lse in units of ln 2, or the largest score and one over the sum of the weights; delta
+  float *shift, *inverse, *delta;
 
   // returns the words taken
   int64_t place(const Layout<Maths>& layout, float* memory) {
@@ -69,7 +76,8 @@ struct Scratch {
     dq = take(layout.channels * kQueries);
     dk = take(layout.keys * layout.columns);
     dv = take(layout.keys * layout.columns);
-    lse = take(kQueries);
+    shift = take(kQueries);
+    inverse = take(kQueries);
     delta = take(kQueries);
     return taken;
   }
@@ -85,16 +93,52 @@ constexpr int64_t ds_step() {
   return Maths::pair == 1 ? kQueries : vectors * kWidth;
 }
 
-// P and dS of one chunk of keys and up to kLanes queries, of which `queries` are there.
+// The largest score, one over the sum of the weights, and delta of up to kLanes queries, all from q, k, v and grad. With
+// delta summed like P * dO V^T, a query that sees one key alone has a dS of zero, as it should.
 template <class Maths, int vectors>
+void settle(const Layout<Maths>& layout, const Scratch<Maths>& scratch, int64_t part, int64_t tokens, Scale scale) {
+  const float* q = scratch.q_lanes + part * layout.head_words * kLanes;
+  const float* grad = scratch.grad_lanes + part * layout.head_words * kLanes;
+  const Vec before = set1(scale.before), after = set1(scale.after * kLog2e);
+  Vec highest[vectors], total[vectors], delta[vectors];
+  for (int j = 0; j < vectors; ++j) highest[j] = set1(-kInfinity), total[j] = delta[j] = set1(0.0f);
+  for (int64_t key = 0; key < tokens; key += kRows) {
+    const int rows = int(tokens - key < kRows ? tokens - key : kRows);
+    Vec s[kRows][vectors] = {}, dp[kRows][vectors] = {};
+    multiply<Maths, vectors>(s, scratch.keys + key * layout.key_words, layout.key_words, 1, q, layout.head_words);
+    multiply<Maths, vectors>(dp, scratch.values + key * layout.head_words, layout.head_words, 1, grad, layout.head_words);
+    for (int j = 0; j < vectors; ++j) {
+      Vec top = highest[j];
+      for (int r = 0; r < rows; ++r) top = max(top, s[r][j] * before);
+      // while every score is -inf there is no maximum to subtract, and -inf less -inf would be NaN
+      const Vec shift = select_equal(top, set1(-kInfinity), set1(0.0f), top);
+      const Vec rescale = exp2_nonpositive<6>((highest[j] - shift) * after);
+      total[j] = total[j] * rescale, delta[j] = delta[j] * rescale, highest[j] = top;
+      for (int r = 0; r < rows; ++r) {
+        const Vec p = exp2_nonpositive<Maths::exp2_degree>((s[r][j] * before - shift) * after);
+        total[j] = total[j] + p, delta[j] = fma(p, dp[r][j], delta[j]);
+      }
+    }
+  }
+  for (int j = 0; j < vectors; ++j) {
+    const int64_t at = part * kLanes + j * kWidth;
+    store(scratch.shift + at, highest[j]);
+    store(scratch.inverse + at, set1(1.0f) / total[j]);
+    store(scratch.delta + at, delta[j] / total[j]);
+  }
+}
+
+// P and dS of one chunk of keys and up to kLanes queries, of which `queries` are there.
+template <class Maths, int vectors, bool settled>
 void weigh(const Layout<Maths>& layout, const Scratch<Maths>& scratch, int64_t part, int64_t key_begin, int64_t count, int64_t queries,
-           Vec scale) {
+           Scale parts) {
   constexpr int64_t kRow = vectors * kWidth;
   const float* keys = scratch.keys + key_begin * layout.key_words;
   const float* values = scratch.values + key_begin * layout.head_words;
   const float* q = scratch.q_lanes + part * layout.head_words * kLanes;
   const float* grad = scratch.grad_lanes + part * layout.head_words * kLanes;
-  const float *lse = scratch.lse + part * kLanes, *delta = scratch.delta + part * kLanes;
+  const float *shifts = scratch.shift + part * kLanes, *inverse = scratch.inverse + part * kLanes, *delta = scratch.delta + part * kLanes;
+  const Vec before = set1(parts.before), scale = set1(parts.after * kLog2e);
   float one[kRow], tile[kRows * kRow];
   for (int64_t i = 0; i < kRow; ++i) one[i] = i < queries ? 1.0f : 0.0f;
   const bool partial = queries < kRow;
@@ -115,9 +159,15 @@ void weigh(const Layout<Maths>& layout, const Scratch<Maths>& scratch, int64_t p
 #pragma GCC unroll 4
       for (int j = 0; j < vectors; ++j) {
         float* at = tile + r * kRow + j * kWidth;
-        // a score is at most its row's log-sum-exp but for rounding
-        const Vec x = min(set1(0.0f), fma(load(at), scale, set1(0.0f) - load(lse + j * kWidth)));
-        store(at, key + r < count ? kept(exp2_nonpositive<Maths::exp2_degree>(x), j) : set1(0.0f));
+        const Vec s = load(at), shift = load(shifts + j * kWidth);
+        Vec p;
+        if constexpr (settled) {
+          p = exp2_nonpositive<Maths::exp2_degree>((s * before - shift) * scale) * load(inverse + j * kWidth);
+        } else {
+          // a score is at most its row's log-sum-exp but for rounding
+          p = exp2_nonpositive<Maths::exp2_degree>(min(set1(0.0f), fma(s, scale, set1(0.0f) - shift)));
+        }
+        store(at, key + r < count ? kept(p, j) : set1(0.0f));
       }
     }
     Vec sum[kRows][vectors] = {};
@@ -210,13 +260,19 @@ struct Part {
                    int64_t count) {
     const int64_t at = part * layout.head_words * kLanes;
     pack_block<Maths, vectors>(static_cast<const T*>(head.q) + begin * head.q_stride, head.q_stride, count, head.head_dim, layout.head_words,
-                               scratch.rows, scratch.q_lanes + at, 0);
+                               scratch.rows, scratch.q_lanes + at, head.scale < 0 ? Maths::sign_bits : 0);
     pack_block<Maths, vectors>(static_cast<const T*>(head.grad) + begin * head.grad_stride, head.grad_stride, count, head.head_dim,
                                layout.head_words, scratch.rows, scratch.grad_lanes + at, 0);
   }
-  static void take_chunk(const AttentionHeadBwd& head, const Layout<Maths>& layout, const Scratch<Maths>& scratch, int64_t part, int64_t key,
-                         int64_t count, int64_t queries) {
-    weigh<Maths, vectors>(layout, scratch, part, key, count, queries, set1(head.scale * kLog2e));
+  static void settle(const Layout<Maths>& layout, const Scratch<Maths>& scratch, int64_t part, int64_t tokens, Scale scale) {
+    VLMKERN_ISA::settle<Maths, vectors>(layout, scratch, part, tokens, scale);
+  }
+  static void take_chunk(const Layout<Maths>& layout, const Scratch<Maths>& scratch, int64_t part, int64_t key, int64_t count,
+                         int64_t queries, Scale scale, bool settled) {
+    if (settled)
+      weigh<Maths, vectors, true>(layout, scratch, part, key, count, queries, scale);
+    else
+      weigh<Maths, vectors, false>(layout, scratch, part, key, count, queries, scale);
     add_product<Maths, vectors>(layout.channels, scratch.key_pairs + key / Maths::pair * layout.channels, 1, layout.channels,
                                 ds_part(scratch, part), ds_step<Maths, vectors>(), (count + Maths::pair - 1) / Maths::pair, key == 0,
                                 scratch.dq + part * layout.channels * kLanes, vectors * kWidth);
@@ -255,11 +311,16 @@ void differentiate(const AttentionHeadBwd& head, void* memory) {
   pack_words<Maths>(v, head.v_stride, head.tokens, head.head_dim, layout.keys, layout.head_words, scratch.values);
   pack_rows<Maths>(k, head.k_stride, head.tokens, head.head_dim, layout.keys, layout.channels, scratch.key_pairs);
 
+  // a negative scale moves its sign to the queries, as maxima are taken before scaling
+  const Scale scale(head.scale < 0 ? -head.scale : head.scale);
   for (int64_t begin = 0; begin < head.tokens; begin += kQueries) {
     const int64_t queries = head.tokens - begin < kQueries ? head.tokens - begin : kQueries;
+    bool settled = scale.before != 1;
     for (int64_t i = 0; i < kQueries; ++i) {
       const int64_t n = begin + i;
-      scratch.lse[i] = i < queries ? head.lse[n] * kLog2e : 0.0f;
+      const float lse = i < queries ? to_float(head.lse + n) : 0.0f;
+      settled |= !(__builtin_fabsf(lse) <= kMaxLse<T>);
+      scratch.shift[i] = lse * kLog2e;
       scratch.delta[i] = i < queries ? dot(grad + n * head.grad_stride, out + n * head.o_stride, head.head_dim) : 0.0f;
     }
     const int64_t steps = (queries + pair - 1) / pair;
@@ -268,11 +329,12 @@ void differentiate(const AttentionHeadBwd& head, void* memory) {
                      scratch.grad_pairs);
     over_parts<Maths, T>(queries, [&](auto kernel, int64_t part, int64_t first, int64_t count) {
       kernel.pack(head, layout, scratch, part, begin + first, count);
+      if (settled) kernel.settle(layout, scratch, part, head.tokens, scale);
     });
     for (int64_t key = 0; key < head.tokens; key += kChunk) {
       const int64_t keys = head.tokens - key < kChunk ? head.tokens - key : kChunk;
       over_parts<Maths, T>(queries, [&](auto kernel, int64_t part, int64_t, int64_t count) {
-        kernel.take_chunk(head, layout, scratch, part, key, keys, count);
+        kernel.take_chunk(layout, scratch, part, key, keys, count, scale, settled);
       });
       const int64_t rows = round_up(keys, kRows), at = key * layout.columns;
       add_rows<Maths>(rows, scratch.p, scratch.grad_pairs, layout.columns, steps, begin == 0, scratch.dv + at);

@@ -165,12 +165,13 @@ OUT_OF_LINE void score(const float* weights, int64_t stride, int64_t steps, cons
 template <class Maths, int vectors>
 void softmax(float* s, int64_t size, float scale) {
   constexpr int64_t kLanes = vectors * kWidth;
-  const Vec factor = set1(scale * 1.44269504088896341f);
+  const SignedScale parts(scale);
+  const Vec before = set1(parts.before), after = set1(parts.after * kLog2e);
   for (int v = 0; v < vectors; ++v) {
     float* mine = s + v * kWidth;
     Vec highest = set1(-kInfinity), sum = set1(0.0f);
-    for (int64_t j = 0; j < size; ++j) highest = max(highest, load(mine + j * kLanes) * factor);
-    auto weight = [&](int64_t j) { return exp2_nonpositive<Maths::exp2_degree>(load(mine + j * kLanes) * factor - highest); };
+    for (int64_t j = 0; j < size; ++j) highest = max(highest, load(mine + j * kLanes) * before);
+    auto weight = [&](int64_t j) { return exp2_nonpositive<Maths::exp2_degree>((load(mine + j * kLanes) * before - highest) * after); };
     for (int64_t j = 0; j < size; j += Maths::pair) {
       if constexpr (Maths::pair == 1) {
         const Vec first = weight(j);
@@ -426,6 +427,8 @@ inline float sum_of(Vec a) {
 template <typename T>
 void pool_slots(const PoolWindows& p, const T* q, int64_t begin, int64_t end, float scale, float* s, T* out) {
   const int64_t width = p.layers * p.channels;
+  const SignedScale parts(scale);
+  const Vec before = set1(parts.before), after = set1(parts.after * kLog2e);
   for (int64_t window = begin; window < end; ++window) {
     memset(s, 0, p.size * kWidth * sizeof(float));
     for (int64_t layer = 0; layer < p.layers; ++layer)
@@ -441,14 +444,13 @@ void pool_slots(const PoolWindows& p, const T* q, int64_t begin, int64_t end, fl
         store(s + j * kWidth, load(s + j * kWidth) + (sums[0] + sums[1]));
       }
     Vec highest = set1(-kInfinity), sum = set1(0.0f);
-    const Vec factor = set1(scale * 1.44269504088896341f);
     for (int64_t j = 0; j < p.size; ++j) {
-      const Vec x = set1(sum_of(load(s + j * kWidth))) * factor;
+      const Vec x = set1(sum_of(load(s + j * kWidth))) * before;
       highest = max(highest, x);
       store(s + j * kWidth, x);
     }
     for (int64_t j = 0; j < p.size; ++j) {
-      const Vec x = exp2_nonpositive<6>(load(s + j * kWidth) - highest);
+      const Vec x = exp2_nonpositive<6>((load(s + j * kWidth) - highest) * after);
       sum = sum + x;
       store(s + j * kWidth, x);
     }

@@ -8,6 +8,8 @@
 
 namespace vlmkern {
 
+class Extents;  // cpu/check.h, which the kernels do without
+
 // One hidden state [tiles, patches, channels]; strides in elements, the last is 1.
 struct PoolFeature {
   const void* data;
@@ -59,6 +61,7 @@ struct AttentionPool {
   const void* pad_embed;
   const int64_t* keep;  // which windows, or null for all of them
   int64_t windows;
+  const Extents* extents;  // of the features, pad, pad_embed and keep
 };
 
 // The gradients' part between the products with weights, see attention_pool_bwd.cpp. Everything is dense.
@@ -71,18 +74,20 @@ struct PoolSlotsBwd {
   float scale;
 };
 
-// All throw std::invalid_argument on sizes, strides, indices or pointers that cannot be; they touch nothing before that.
+// All throw std::invalid_argument on sizes, strides, indices, pointers or extents that cannot be; they write nothing before
+// that. Extents are those of the pointers that a function is given, in their order.
 
 // The means of the windows' slots, dense [windows, layers * channels].
-void attention_pool_mean(const AttentionPool& problem, void* mean, int threads);
+void attention_pool_mean(const AttentionPool& problem, void* mean, int threads, const Extents& extents);
 
 // Many heads: the attended values of all heads, dense [windows, heads * value_dim], from q [windows, heads * key_dim].
 void attention_pool_context(const AttentionPool& problem, const void* q, const void* w_k, const void* w_v, const void* b_v, void* context,
-                            int64_t heads, int64_t key_dim, int64_t value_dim, float scale, int threads);
+                            int64_t heads, int64_t key_dim, int64_t value_dim, float scale, int threads, const Extents& extents);
 
 // One head, its query projected into the slots' space: softmax_j(scale * q . x_j) x_j, dense [windows, layers * channels].
-void attention_pool_slots(const AttentionPool& problem, const void* q, void* pooled, float scale, int threads);
+void attention_pool_slots(const AttentionPool& problem, const void* q, void* pooled, float scale, int threads, const Extents& extents);
 
-void attention_pool_slots_bwd(const PoolSlotsBwd& task, int threads);
+// Extents of x, dx and the vectors.
+void attention_pool_slots_bwd(const PoolSlotsBwd& task, int threads, const Extents& extents);
 
 }  // namespace vlmkern

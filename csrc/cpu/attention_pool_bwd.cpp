@@ -8,28 +8,28 @@
 //
 // 16 * slots FLOPs and about four elements of traffic per head and channel; sums are float32.
 #include "cpu/attention_pool.h"
-#include "cpu/vec.h"
+#include "cpu/tile.h"
 
 namespace vlmkern {
 namespace VLMKERN_ISA {
 namespace {
 
-constexpr int kRows = 4;  // slots that share a pass over a and b
+constexpr int kSlots = 4;  // slots that share a pass over a and b
 
 int lanes_from(int64_t width, int64_t c) { return int(width - c < Vec::width ? width - c : Vec::width); }
 
 // to[j] = vector . x_j
 template <typename T>
 void dots(const T* vector, const T* x, int64_t size, int64_t width, float* to) {
-  for (int64_t j = 0; j < size; j += kRows) {
-    const int rows = int(size - j < kRows ? size - j : kRows);
-    const T* row[kRows];
-    for (int r = 0; r < kRows; ++r) row[r] = x + (j + (r < rows ? r : rows - 1)) * width;
-    Vec sum[kRows] = {};
+  for (int64_t j = 0; j < size; j += kSlots) {
+    const int rows = int(size - j < kSlots ? size - j : kSlots);
+    const T* row[kSlots];
+    for (int r = 0; r < kSlots; ++r) row[r] = x + (j + (r < rows ? r : rows - 1)) * width;
+    Vec sum[kSlots] = {};
     for (int64_t c = 0; c < width; c += Vec::width) {
       const int n = lanes_from(width, c);
       const Vec v = load_n(vector + c, n);
-      for (int r = 0; r < kRows; ++r) sum[r] = fma(v, load_n(row[r] + c, n), sum[r]);
+      for (int r = 0; r < kSlots; ++r) sum[r] = fma(v, load_n(row[r] + c, n), sum[r]);
     }
     for (int r = 0; r < rows; ++r) to[j + r] = horizontal_sum(sum[r]);
   }
@@ -37,12 +37,13 @@ void dots(const T* vector, const T* x, int64_t size, int64_t width, float* to) {
 
 // scores -> p, a . x_j to ds
 void weigh(float* p, float* ds, int64_t size, float scale) {
-  float highest = p[0] * scale, total = 0, mean = 0;
+  const SignedScale parts(scale);
+  float highest = p[0] * parts.before, total = 0, mean = 0;
   for (int64_t j = 0; j < size; ++j) {
-    p[j] *= scale;
+    p[j] *= parts.before;
     if (p[j] > highest) highest = p[j];
   }
-  for (int64_t j = 0; j < size; ++j) total += p[j] = __builtin_expf(p[j] - highest);
+  for (int64_t j = 0; j < size; ++j) total += p[j] = __builtin_expf((p[j] - highest) * parts.after);
   for (int64_t j = 0; j < size; ++j) p[j] /= total;
   for (int64_t j = 0; j < size; ++j) mean += p[j] * ds[j];
   for (int64_t j = 0; j < size; ++j) ds[j] = p[j] * (ds[j] - mean) * scale;
@@ -61,14 +62,14 @@ void differentiate(const PoolSlotsBwd& task, int64_t begin, int64_t end, float* 
       dots(vector(2 * h + 1), x, size, width, ds + h * size);
       weigh(p + h * size, ds + h * size, size, task.scale);
     }
-    for (int64_t j = 0; j < size; j += kRows) {
-      const int rows = int(size - j < kRows ? size - j : kRows);
+    for (int64_t j = 0; j < size; j += kSlots) {
+      const int rows = int(size - j < kSlots ? size - j : kSlots);
       for (int64_t c = 0; c < width; c += Vec::width) {
         const int n = lanes_from(width, c);
-        Vec sum[kRows] = {};
+        Vec sum[kSlots] = {};
         for (int64_t h = 0; h < heads; ++h) {
           const Vec a = load_n(vector(2 * h) + c, n), b = load_n(vector(2 * h + 1) + c, n);
-          for (int r = 0; r < kRows; ++r) {
+          for (int r = 0; r < kSlots; ++r) {
             const int64_t at = h * size + j + (r < rows ? r : 0);
             sum[r] = fma(set1(ds[at]), a, fma(set1(p[at]), b, sum[r]));
           }

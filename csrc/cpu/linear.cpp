@@ -65,7 +65,7 @@ void outputs(const FewRowsLinear& p, int64_t begin, int64_t end) {
       const Vec weight = Step::word_n(w + k, left);
       for (int m = 0; m < rows; ++m) sum[m][0] = Step::add(Step::word_n(x + m * p.x_stride + k, left), weight, sum[m][0]);
     }
-    const float bias = p.bias ? to_float(static_cast<const T*>(p.bias)[n]) : 0.0f;
+    const float bias = p.bias ? to_float(static_cast<const T*>(p.bias) + n) : 0.0f;
     for (int m = 0; m < rows; ++m)
       from_float(y + m * p.outputs + n, horizontal_sum((sum[m][0] + sum[m][1]) + (sum[m][2] + sum[m][3])) + bias);
   }

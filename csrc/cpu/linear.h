@@ -7,6 +7,8 @@
 
 namespace vlmkern {
 
+class Extents;  // cpu/check.h, which the kernels do without
+
 inline constexpr int64_t kMaxLinearRows = 4;
 
 // x [rows, inputs] and weight [outputs, inputs], rows of given strides (elements); bias [outputs] or null;
@@ -22,7 +24,8 @@ struct FewRowsLinear {
   int64_t rows, inputs, outputs;
 };
 
-// Throws std::invalid_argument on sizes and strides that cannot be; touches nothing before that.
-void linear_few_rows(const FewRowsLinear& problem, int threads);
+// Extents of x, weight, bias and y. Throws std::invalid_argument on sizes and strides that cannot be; touches nothing
+// before that.
+void linear_few_rows(const FewRowsLinear& problem, int threads, const Extents& extents);
 
 }  // namespace vlmkern

@@ -1,31 +1,37 @@
-#include <omp.h>
-
 #include <algorithm>
 
 #include "cpu/check.h"
 #include "cpu/kernels.h"
+#include "cpu/units.h"
 
 namespace vlmkern {
 
-void linear_few_rows(const FewRowsLinear& p, int threads) {
-  require(known(p.dtype), "dtype: unknown code");
-  require(p.rows >= 0 && p.rows <= kMaxLinearRows, "rows: expected 0 to 4");
-  require(p.inputs >= 0 && p.inputs <= kLimit && p.outputs >= 0 && p.outputs <= kLimit, "inputs, outputs: out of range");
-  require(p.rows <= 1 || (p.x_stride >= 0 && p.x_stride <= kLimit), "x_stride: out of range");
-  require(p.outputs <= 1 || (p.weight_stride >= 0 && p.weight_stride <= kLimit / p.outputs), "weight_stride: out of range");
+void linear_few_rows(const FewRowsLinear& problem, int threads, const Extents& extents) {
+  FewRowsLinear p = problem;
+  require_dtype(p.dtype);
+  require_threads(threads);
+  if (p.rows < 0 || p.rows > kMaxLinearRows)
+    throw std::invalid_argument("rows: got " + std::to_string(p.rows) + ", expected 0 to " + std::to_string(kMaxLinearRows));
+  require_product("weight", {p.outputs, p.inputs});
+  require_product("x", {p.rows, p.inputs});
+  require_product("y", {p.rows, p.outputs});
+  require_stride("x_stride", p.x_stride, p.rows);
+  require_stride("weight_stride", p.weight_stride, p.outputs);
+  extents.require_tensors(4);
   if (p.rows == 0 || p.outputs == 0) return;
   require(p.y && (p.inputs == 0 || (p.x && p.weight)), "null pointer for a tensor that has elements");
+  extents.require_reach(0, "x", reach({{p.rows, p.x_stride}}, p.inputs));
+  extents.require_reach(1, "weight", reach({{p.outputs, p.weight_stride}}, p.inputs));
+  extents.require_reach(2, "bias", p.bias ? p.outputs : 0);
+  extents.require_reach(3, "y", p.rows * p.outputs);
+  // the kernel steps over a last row too
+  if (p.outputs == 1) p.weight_stride = 0;
 
   const Kernels& k = kernels();
   // below this many weights waking a second thread costs more than it saves
   constexpr int64_t kWeightsPerThread = 1 << 16;
-  const int64_t wanted = std::clamp<int64_t>(p.outputs * std::max<int64_t>(p.inputs, 1) / kWeightsPerThread, 1, std::max(threads, 1));
-  if (wanted == 1) return k.linear_few_rows(p, 0, p.outputs);
-#pragma omp parallel num_threads(int(wanted))
-  {
-    const int64_t n = omp_get_num_threads(), i = omp_get_thread_num();
-    k.linear_few_rows(p, p.outputs * i / n, p.outputs * (i + 1) / n);
-  }
+  const int64_t wanted = std::min<int64_t>(p.outputs * std::max<int64_t>(p.inputs, 1) / kWeightsPerThread, threads);
+  over_shares(p.outputs, wanted, [&](int64_t begin, int64_t end) { k.linear_few_rows(p, begin, end); });
 }
 
 }  // namespace vlmkern

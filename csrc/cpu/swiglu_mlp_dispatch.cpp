@@ -1,50 +1,44 @@
 #include "cpu/swiglu_mlp.h"
 
-#include <omp.h>
-
 #include <algorithm>
-#include <limits>
-#include <stdexcept>
-#include <string>
 
+#include "cpu/check.h"
 #include "cpu/kernels.h"
+#include "cpu/units.h"
 
 namespace vlmkern {
 namespace {
 
-void check_rows(DType dtype, int64_t rows, int64_t cols, int64_t up_stride, bool pointers) {
-  if (!known(dtype)) throw std::invalid_argument("dtype: unknown code");
-  if (rows < 0 || cols < 0) throw std::invalid_argument("rows and cols must not be negative");
-  constexpr int64_t kMax = std::numeric_limits<int64_t>::max() / 16;
-  if (cols > kMax) throw std::invalid_argument("cols: got " + std::to_string(cols) + ", which no memory holds");
-  if (up_stride < 2 * cols || (rows > 0 && up_stride > kMax / rows))
-    throw std::invalid_argument("up_stride: got " + std::to_string(up_stride) + ", expected at least 2*cols = " + std::to_string(2 * cols) +
-                                " and rows * up_stride addressable");
-  if (rows > 0 && cols > 0 && !pointers) throw std::invalid_argument("null pointer for a tensor that has elements");
+// Whether there is anything to compute.
+bool check(DType dtype, int64_t rows, int64_t cols, int64_t up_stride, int threads, bool pointers) {
+  require_dtype(dtype);
+  require_threads(threads);
+  require_product("rows and cols", {rows, cols, 2});
+  if (rows == 0 || cols == 0) return false;
+  require_stride("up_stride", up_stride, rows);
+  if (rows > 1 && up_stride < 2 * cols)
+    throw std::invalid_argument("up_stride: got " + std::to_string(up_stride) + ", expected at least 2*cols = " + std::to_string(2 * cols));
+  require(pointers, "null pointer for a tensor that has elements");
+  return true;
 }
 
-// Calls body(begin, end) on row ranges, one per thread. The split never changes a result: every
-// element is computed by itself.
+// Calls body(begin, end) on rows, one share per thread. The split never changes a result: every element is computed by
+// itself.
 template <typename Body>
 void over_rows(int64_t rows, int64_t cols, int threads, Body body) {
   // below this many elements waking a second thread costs more than it saves
   constexpr int64_t kElementsPerThread = 1 << 15;
-  const int64_t wanted = std::min<int64_t>(std::max(threads, 1), rows * cols / kElementsPerThread);
-  if (wanted <= 1) {
-    body(0, rows);
-    return;
-  }
-#pragma omp parallel num_threads(int(wanted))
-  {
-    const int64_t n = omp_get_num_threads(), i = omp_get_thread_num();
-    body(rows * i / n, rows * (i + 1) / n);
-  }
+  over_shares(rows, std::min<int64_t>(threads, rows * cols / kElementsPerThread), body);
 }
 
 }  // namespace
 
-void silu_mul_fwd(DType dtype, const void* up, int64_t up_stride, void* out, int64_t rows, int64_t cols, int threads) {
-  check_rows(dtype, rows, cols, up_stride, up && out);
+void silu_mul_fwd(DType dtype, const void* up, int64_t up_stride, void* out, int64_t rows, int64_t cols, int threads, const Extents& extents) {
+  extents.require_tensors(2);
+  if (!check(dtype, rows, cols, up_stride, threads, up && out)) return;
+  extents.require_reach(0, "up", reach({{rows, up_stride}}, 2 * cols));
+  extents.require_reach(1, "out", rows * cols);
+  if (rows == 1) up_stride = 0;
   const int64_t size = element_size(dtype);
   const Kernels& k = kernels();
   over_rows(rows, cols, threads, [&](int64_t begin, int64_t end) {
@@ -54,8 +48,14 @@ void silu_mul_fwd(DType dtype, const void* up, int64_t up_stride, void* out, int
 }
 
 void silu_mul_bwd(DType dtype, const void* grad, const void* up, int64_t up_stride, void* grad_up, void* hidden, int64_t rows, int64_t cols,
-                  int threads) {
-  check_rows(dtype, rows, cols, up_stride, grad && up && grad_up && hidden);
+                  int threads, const Extents& extents) {
+  extents.require_tensors(4);
+  if (!check(dtype, rows, cols, up_stride, threads, grad && up && grad_up && hidden)) return;
+  extents.require_reach(0, "grad", rows * cols);
+  extents.require_reach(1, "up", reach({{rows, up_stride}}, 2 * cols));
+  extents.require_reach(2, "grad_up", rows * 2 * cols);
+  extents.require_reach(3, "hidden", rows * cols);
+  if (rows == 1) up_stride = 0;
   const int64_t size = element_size(dtype);
   const Kernels& k = kernels();
   over_rows(rows, cols, threads, [&](int64_t begin, int64_t end) {

@@ -28,6 +28,24 @@ struct Float32 {
   static Vec multiply_add(Vec a, Vec b, Vec sum) { return fma(a, b, sum); }
 };
 
+// A positive scale of scores in two parts: scores * before, then their differences * after, which overflows and vanishes
+// less. `before` is 1 unless `after`, or its product with log2(e), were no normal number: 0 times the -inf that stands
+// for a key that is not there would be NaN, as would be infinity times no difference.
+struct Scale {
+  float before, after;
+  explicit Scale(float scale) : before(1), after(scale) {
+    if (!(scale >= __FLT_MIN__)) before = scale, after = 1;
+    if (scale > __FLT_MAX__ / 2) before = 2, after = scale / 2;
+  }
+};
+
+// The same of any scale: the scores take its sign, as maxima are taken before scaling.
+struct SignedScale : Scale {
+  explicit SignedScale(float scale) : Scale(scale < 0 ? -scale : scale) {
+    if (scale < 0) before = -before;
+  }
+};
+
 #if defined(__AVX512BF16__)
 struct Bf16Pairs {
   static constexpr int pair = 2;

@@ -193,13 +193,18 @@ inline void narrow(f16* p, float x) {
   }
   p->bits = uint16_t(sign | h);
 }
+// by way of arrays, as p may lie anywhere, like the addresses of the vector instructions above
 template <typename T>
 inline Vec load(const T* p) {
-  VLMKERN_LANES(widen(p[i]));
+  T buffer[Vec::width];
+  memcpy(static_cast<void*>(buffer), p, sizeof buffer);
+  VLMKERN_LANES(widen(buffer[i]));
 }
 template <typename T>
 inline void store(T* p, Vec a) {
-  for (int i = 0; i < Vec::width; ++i) narrow(p + i, a.v[i]);
+  T buffer[Vec::width];
+  for (int i = 0; i < Vec::width; ++i) narrow(buffer + i, a.v[i]);
+  memcpy(static_cast<void*>(p), buffer, sizeof buffer);
 }
 #undef VLMKERN_LANES
 
@@ -312,10 +317,9 @@ inline float horizontal_sum(Vec a) {
 }
 
 template <typename T>
-inline float to_float(T x) {
-  T buffer[Vec::width] = {x};
+inline float to_float(const T* p) {
   float lanes[Vec::width];
-  store(lanes, load(buffer));
+  store(lanes, load_n(p, 1));
   return lanes[0];
 }
 template <typename T>

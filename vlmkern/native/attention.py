@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..ops._algebra import lse_shape
 from . import dtype_code, extension, require_dtype
+from .memory import extents
 
 
 def attention(
@@ -27,6 +28,7 @@ def attention(
         *_segments(bounds),
         scale,
         torch.get_num_threads(),
+        extents(*inputs, out, lse, bounds),
     )
     return out, lse
 
@@ -59,6 +61,7 @@ def attention_bwd(
         *_segments(bounds),
         scale,
         torch.get_num_threads(),
+        extents(*inputs, lse, *grads, bounds),
     )
     return grads
 

@@ -14,6 +14,7 @@ from ..ops._windows import find_slots, gather, pad_kind, pad_rows, scatter, wind
 from ..packing import packed
 from . import dtype_code, extension, require_dtype
 from .linear import linear_or_torch, product
+from .memory import extents
 
 
 def attention_pool(
@@ -60,10 +61,11 @@ def attention_pool(
         _address(pad_embed),
         _address(keep),
         windows,
+        extents(*features, pad, pad_embed, keep),
     )
 
     mean = first.new_empty((windows, width))
-    problem.mean(mean.data_ptr(), threads)
+    problem.mean(mean.data_ptr(), threads, extents(mean))
     key_dim = len(w_q) // num_heads
     if num_heads == 1:
         folded = _folded(w_q, b_q, w_kv, b_kv, w_o, b_o)
@@ -73,7 +75,7 @@ def attention_pool(
             absorbed = linear_or_torch(q, w_k.T, None)
         else:
             absorbed = linear_or_torch(mean, *folded[:2])
-        problem.slots(absorbed.data_ptr(), mean.data_ptr(), key_dim**-0.5, threads)
+        problem.slots(absorbed.data_ptr(), mean.data_ptr(), key_dim**-0.5, threads, extents(absorbed, mean))
         if folded is not None:
             return linear_or_torch(mean, *folded[2:]).view(*shape, len(w_o))
         context = linear_or_torch(mean, w_v, b_v)
@@ -91,6 +93,7 @@ def attention_pool(
             len(w_v) // num_heads,
             key_dim**-0.5,
             threads,
+            extents(q, w_k, w_v, b_v, context),
         )
     return linear_or_torch(context, w_o, b_o).view(*shape, len(w_o))
 
@@ -177,6 +180,7 @@ def _attend_bwd(
             width,
             key_dim**-0.5,
             torch.get_num_threads(),
+            extents(x, d_x, *(vector for pair in vectors for vector in pair)),
         )
         for key, value, (by_score, pooled) in zip(keys, values, vectors, strict=True):
             d_q[:, key] = product(by_score, w_k[key], None)
