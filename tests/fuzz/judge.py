@@ -57,7 +57,8 @@ def close(
         comparable = _finite_where_it_should_be(name, y, exact, plain, narrowest, nan_is_strict)
     error = _largest((y - exact).where(comparable, 0), per_row)
     size = _largest(exact.where(comparable, 0), per_row)
-    limit = torch.finfo(precision).eps * size + 2 * max(_subnormal(precision), _subnormal(actual.dtype))
+    # products that take subnormals for zeros do so in each of the terms of a sum
+    limit = torch.finfo(precision).eps * size + 64 * max(_subnormal(precision), _subnormal(actual.dtype))
     if bool((error <= limit).all()):
         return
     theirs = plain().detach().to(torch.float64)
@@ -87,7 +88,8 @@ def between(name: str, actual: Tensor, low: Tensor, high: Tensor, precision: tor
     """Raises Failure unless every element lies between its bounds, but for roundings."""
     if actual.numel() == 0:
         return
-    y, slack = actual.detach().double(), 2 * torch.finfo(precision).eps * torch.maximum(low.abs(), high.abs())
+    # weights that add up to one but for roundings: plain torch is outside by 3 eps
+    y, slack = actual.detach().double(), 8 * torch.finfo(precision).eps * torch.maximum(low.abs(), high.abs())
     outside = ~((y >= low - slack - SMALLEST) & (y <= high + slack + SMALLEST))
     if bool(outside.any()):
         raise Failure(f"{name}: {int(outside.sum())} elements outside the range of what they are means of")

@@ -30,7 +30,8 @@ def attention(
             one fused qkv projection need no copy. float32, bfloat16, float16 or float64.
         scale: factor on the scores; D ** -0.5 when None.
         cu_seqlens: int32 [S + 1], packed only: segment s holds tokens cu_seqlens[s] to cu_seqlens[s + 1],
-            which attend to each other only. Starts at 0, ends at T, never decreases.
+            which attend to each other only. Starts at 0, ends at T, never decreases. On GPUs, where bounds are
+            trusted, tokens of no segment, or behind a segment's first max_seqlen, give 0.
         max_seqlen: packed only: the longest segment's length, or more, as a host integer.
 
     Returns:
@@ -40,6 +41,9 @@ def attention(
         ValueError: shapes, strides, devices or segment bounds that do not fit; `cu_seqlens` without
             `max_seqlen` or the reverse. Bounds are read on CPU; on GPUs only when VLMKERN_CHECK=1.
         TypeError: dtypes that differ or are not floating point; `cu_seqlens` that is not int32.
+
+    Results and, on CPU, gradients are right for scores of any size. On GPUs gradients recompute the weights from a
+    float32 log-sum-exp, whose rounding they inherit: 0.3 % at scores of 1e4.
 
     Source: Vaswani et al. (2017), eq. 1.
     """
