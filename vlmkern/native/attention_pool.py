@@ -67,7 +67,8 @@ def attention_pool(
     mean = first.new_empty((windows, width))
     problem.mean(mean.data_ptr(), threads, extents(mean))
     key_dim = len(w_q) // num_heads
-    if num_heads == 1:
+    # a query among the slots may be too large for float16 where the keys are not: the other kernel has it in float32
+    if num_heads == 1 and first.dtype != torch.float16:
         folded = _folded(w_q, b_q, w_kv, b_kv, w_o, b_o)
         # both products of the one head are as wide as the library likes them; the result takes the means' place
         if folded is None:
@@ -120,10 +121,14 @@ def attention_pool_bwd(
     slots = find_slots(tiles, grid, window, keep, grad.device)
     x = gather(features, slots, pad_embed, mask)
     d_out = grad.reshape(len(x), len(w_o))
-    d_x, of_weights = _attend_bwd(d_out, x, w_q, b_q, w_kv, b_kv, w_o, num_heads)
+    tensors = (d_out, x, w_q, b_q, w_kv, b_kv, w_o)
+    if x.dtype == torch.float16:
+        # vectors of the algebra may be too large for float16 where keys and values are not
+        tensors = tuple(None if t is None else t.float() for t in tensors)
+    d_x, of_weights = _attend_bwd(*tensors, num_heads)
     per_patch = scatter(d_x, slots, tiles * patches).to(x.dtype)
     grads = [d.contiguous() for d in per_patch.view(tiles, patches, len(features), channels).unbind(2)]
-    grads += [*of_weights, d_out.sum(0)]
+    grads += [*(gradient.to(x.dtype) for gradient in of_weights), d_out.sum(0)]
     if mask is not None:
         # chosen, not multiplied by zeros: gradients of other patches may be NaN
         chosen = (row.flatten().unsqueeze(-1) for row in pad_rows(mask))
