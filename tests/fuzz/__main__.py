@@ -72,6 +72,9 @@ class Tally:
 def _fuzz(runs: list[tuple[str, str]], settings: dict[str, dict[str, str]], plan: dict) -> int:
     """Runs the plan for every op and setting, prints failures as they come and a table; returns the exit status."""
     console, errors = Console(), Console(stderr=True, soft_wrap=True)
+    if not console.is_terminal:
+        # a log has no width, and names that are cut short tell nothing
+        console.width = 110
     size, tallies = plan["last"] - plan["first"], {run: Tally() for run in runs}
     columns = (
         TextColumn("{task.description}"),

@@ -54,7 +54,7 @@ def close(
     y, exact = actual.detach().to(torch.float64), exact.detach()
     comparable = y.isfinite() & exact.isfinite()
     if not comparable.all():
-        comparable = _finite_where_it_should_be(name, y, exact, plain, narrowest, nan_is_strict)
+        comparable = _finite_where_it_should_be(name, y, exact, plain, narrowest, precision, nan_is_strict)
     error = _largest((y - exact).where(comparable, 0), per_row)
     size = _largest(exact.where(comparable, 0), per_row)
     # products that take subnormals for zeros do so in each of the terms of a sum
@@ -114,7 +114,13 @@ def same_bits(name: str, first: Tensor, second: Tensor) -> None:
 
 
 def _finite_where_it_should_be(
-    name: str, y: Tensor, exact: Tensor, plain: Callable[[], Tensor], dtype: torch.dtype, strict: bool
+    name: str,
+    y: Tensor,
+    exact: Tensor,
+    plain: Callable[[], Tensor],
+    narrowest: torch.dtype,
+    coarsest: torch.dtype,
+    strict: bool,
 ) -> Tensor:
     """Raises Failure for NaN or infinity in the wrong places; returns where both results are finite."""
     bad, should = ~y.isfinite(), ~exact.isfinite()
@@ -124,7 +130,7 @@ def _finite_where_it_should_be(
             raise Failure(f"{name}: finite in {int(missing.sum())} elements that NaN or infinity should have reached")
     if bool((bad & ~should).any()):
         # what overflows in plain torch, here or on the way, may do so in a kernel
-        overflows = exact.abs() >= torch.finfo(dtype).max * (1 - torch.finfo(dtype).eps)
+        overflows = exact.abs() >= torch.finfo(narrowest).max * (1 - torch.finfo(coarsest).eps)
         wrong = bad & ~should & ~overflows
         if bool(wrong.any()):
             wrong &= plain().isfinite()
