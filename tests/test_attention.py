@@ -180,8 +180,9 @@ class TestGradientNumbers:
         with vlmkern.use_backend(backend):
             actual = gradients(q, k, v, grad)
             assert all(g.isfinite().all() for g in gradients(100 * q, 100 * k, v, grad))
-        for a, e in zip(actual, gradients(*(t.double() for t in (q, k, v, grad)), eager), strict=True):
-            torch.testing.assert_close(a.double(), e, rtol=1e-4, atol=1e-4)
+        exact = gradients(*(t.double() for t in (q, k, v, grad)), eager)
+        for a, plain, e in zip(actual, gradients(q, k, v, grad, eager), exact, strict=True):
+            assert (a - e).abs().max() <= 2 * (plain - e).abs().max() + 1e-6 * e.abs().max()
 
     @pytest.mark.parametrize("value", [torch.nan, torch.inf])
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -20,6 +20,7 @@ from ..ops import _algebra
 from ..ops._algebra import activate, as_rows
 from ..packing import onednn_has, packed
 from . import dtype_code, extension, require_dtype
+from .memory import extents
 
 _POST_OPS = {"none": ("none", ""), "gelu_tanh": ("gelu", "tanh"), "gelu": ("gelu", "none"), "silu": ("swish", "")}
 
@@ -103,6 +104,7 @@ def _few_rows(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         weight.shape[1],
         weight.shape[0],
         torch.get_num_threads(),
+        extents(rows, weight, bias, y),
     )
     return y
 

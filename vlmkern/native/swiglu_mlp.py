@@ -12,6 +12,7 @@ from ..ops._algebra import as_rows
 from ..packing import packed
 from . import dtype_code, extension, require_dtype
 from .linear import dense, linear_or_torch, onednn_packed, product, takes_onednn
+from .memory import extents
 
 
 def swiglu_mlp(x: Tensor, w_up: Tensor, w_down: Tensor, b_up: Tensor | None, b_down: Tensor | None) -> Tensor:
@@ -52,6 +53,7 @@ def silu_mul(up: Tensor) -> Tensor:
         len(up),
         features,
         torch.get_num_threads(),
+        extents(up, out),
     )
     return out
 
@@ -70,6 +72,7 @@ def silu_mul_bwd(grad: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
         len(up),
         grad.shape[1],
         torch.get_num_threads(),
+        extents(grad, up, grad_up, hidden),
     )
     return grad_up, hidden
 
