@@ -135,7 +135,10 @@ def attention_pool(a: Arguments, r: Exact) -> tuple[Tensor, ...]:
     query, key, value = _pool_projections(a, r)
     scores = torch.einsum("whd,wjhd->whj", query, key)
     weights = torch.exp(scores - scores.detach().amax(-1, keepdim=True))
-    weights = r.computed(weights / r.computed(weights.sum(-1, keepdim=True)))
+    total = weights.sum(-1, keepdim=True)
+    # as a constant: weights that do not add up to one have gradients by their scores that do not add up to nothing
+    total = total + (r.computed(total) - total).detach()
+    weights = r.computed(weights / total)
     context = r.stored(torch.einsum("whj,wjhd->whd", weights, value)).flatten(1)
     out = r.stored(product(context, a["w_o"], a["b_o"]))
     if a["keep"] is None:
