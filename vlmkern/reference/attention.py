@@ -44,13 +44,14 @@ def attention_bwd(
     cu_seqlens: Tensor | None,
     max_seqlen: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients by q, k and v, dense: P = softmax(S), dV = P^T dO, dS = P * (dO V^T - rowsum(dO * O)),
-    dQ = scale * dS K, dK = scale * dS^T Q. Of what the forward gave only `out` is used."""
+    """Gradients by q, k and v, dense: P = softmax(S), dV = P^T dO, dP = dO V^T, dS = P * (dP - rowsum(P * dP)),
+    dQ = scale * dS K, dK = scale * dS^T Q. Everything is recomputed from the inputs."""
     dq, dk, dv = (torch.zeros_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
     for rows, _ in _segments(q, cu_seqlens):
-        query, key, value, d_out, o = (_heads_first(t[rows]) for t in (q, k, v, grad, out))
+        query, key, value, d_out = (_heads_first(t[rows]) for t in (q, k, v, grad))
         p = _scores(q[rows], k[rows], scale).softmax(-1)
-        ds = p * (d_out @ value.mT - (d_out * o).sum(-1, keepdim=True)) * scale
+        dp = d_out @ value.mT
+        ds = p * (dp - (p * dp).sum(-1, keepdim=True)) * scale
         for result, gradient in ((dq, ds @ key), (dk, ds.mT @ query), (dv, p.mT @ d_out)):
             result[rows] = gradient.transpose(0, 1).to(q.dtype)
     return dq, dk, dv
