@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -62,3 +63,21 @@ def assert_matches(arrays: dict[str, Tensor], name: str, actual: Tensor, rows: T
     assert actual.shape == expected.shape
     error, limit = (actual - expected).abs().max(), 2e-4 * expected.abs().max()
     assert error <= limit, f"{name}: error {error:.3g}, limit {limit:.3g}"
+
+
+def make_no_file(path: Path, kind: str) -> bool:
+    """Puts a "pipe", an endless "device", a "directory" or a "huge" file in the place of a file; False for other kinds,
+    of which there is nothing left then."""
+    path.unlink(missing_ok=True)
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    elif kind == "directory":
+        path.mkdir()
+    elif kind == "huge":
+        with path.open("wb") as stream:
+            stream.truncate(1 << 40)
+    else:
+        return False
+    return True

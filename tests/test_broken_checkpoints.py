@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import random
 import re
 import resource
@@ -16,7 +15,7 @@ import warnings
 import pytest
 import torch
 from safetensors import safe_open
-from support import DATA
+from support import DATA, make_no_file
 
 from vlmkern.models.jina_vlm import CheckpointError, ConfigError, JinaVLM, JinaVLMConfig
 
@@ -89,20 +88,11 @@ def refusal(directory):
 @pytest.mark.parametrize("kind", ["pipe", "device", "directory", "dangling", "huge", "unreadable"])
 def test_files_that_are_no_files(directory, name, kind):
     path = directory / name
-    path.unlink(missing_ok=True)
-    if kind == "pipe":
-        os.mkfifo(path)
-    elif kind == "device":
-        path.symlink_to("/dev/zero")
-    elif kind == "directory":
-        path.mkdir()
-    elif kind == "dangling":
-        path.symlink_to(directory / "nowhere")
-    elif kind == "unreadable":
-        path.touch(mode=0)
-    else:
-        with path.open("wb") as stream:
-            stream.truncate(1 << 40)
+    if not make_no_file(path, kind):
+        if kind == "dangling":
+            path.symlink_to(directory / "nowhere")
+        else:
+            path.touch(mode=0)
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     message = refusal(directory)
     # a link to nothing is as good as no index

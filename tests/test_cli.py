@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from support import make_no_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from vlmkern.cli import main
@@ -264,14 +265,7 @@ def test_checkpoints_of_files_that_are_none(capsys, photo, checkpoint, tmp_path,
     directory = tmp_path / "checkpoint"
     shutil.copytree(checkpoint, directory)
     path = directory / name
-    path.unlink(missing_ok=True)
-    if kind == "pipe":
-        os.mkfifo(path)
-    elif kind == "device":
-        path.symlink_to("/dev/zero")
-    elif kind == "directory":
-        path.mkdir()
-    else:
+    if not make_no_file(path, kind):
         path.write_bytes(b"\xff{" if kind == "text" else b'{"a":{{' * 100_000)
     result = run(capsys, "demo", photo, "--checkpoint", str(directory), "--report", str(tmp_path / "out"))
     assert_refused(result, "template" if name.endswith("jinja") else str(path))

@@ -1,7 +1,6 @@
 """The processor: where picture blocks land, how batches are padded, and that text never becomes a token."""
 
 import json
-import os
 import random
 import re
 from concurrent.futures import ThreadPoolExecutor
@@ -9,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
+from support import make_no_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
 from vlmkern.images import ImageError
@@ -405,17 +405,7 @@ def directory(tmp_path):
 @pytest.mark.parametrize("kind", ["pipe", "device", "directory", "huge", "not UTF-8"])
 def test_checkpoint_files_that_are_none(directory, name, kind):
     path = directory / name
-    path.unlink(missing_ok=True)
-    if kind == "pipe":
-        os.mkfifo(path)
-    elif kind == "device":
-        path.symlink_to("/dev/zero")
-    elif kind == "directory":
-        path.mkdir()
-    elif kind == "huge":
-        with path.open("wb") as stream:
-            stream.truncate(1 << 40)
-    else:
+    if not make_no_file(path, kind):
         path.write_bytes(b'{"a": "\xff"}')
     with pytest.raises(ValueError, match=re.escape(str(path))) as caught:
         JinaVLMProcessor.from_pretrained(directory)

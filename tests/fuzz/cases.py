@@ -192,11 +192,7 @@ def autocast(op: str, arena: Arena, note: Callable[[str], None]) -> str:
         raise Failure(f"under autocast to {dtype}: got {[y.dtype for y in outputs]}")
     judged = Judge(problem, precision=dtype, cast=True)
     judged.outputs(outputs)
-    if names and problem.kind in ("normal", "mixed", "constant"):
-        grad = _grad_output(draw, outputs[0])
-        found = torch.autograd.grad(outputs[0], list(leaves.values()), grad, allow_unused=True)
-        kept = [(n, g) for n, g in zip(names, found, strict=True) if g is not None]
-        judged.gradients([n for n, _ in kept], [g for _, g in kept], [grad])
+    _judge_gradients(judged, draw, names, leaves, outputs[0])
     return outcome
 
 
@@ -325,11 +321,7 @@ def compiled(op: str, arena: Arena, note: Callable[[str], None]) -> str:
     outputs = call(*(tensors[name] for name in every))
     judged = Judge(problem)
     judged.outputs([y.detach() for y in outputs])
-    if names and problem.kind in ("normal", "mixed", "constant"):
-        grad = _grad_output(draw, outputs[0])
-        found = torch.autograd.grad(outputs[0], list(leaves.values()), grad, allow_unused=True)
-        kept = [(n, g) for n, g in zip(names, found, strict=True) if g is not None]
-        judged.gradients([n for n, _ in kept], [g for _, g in kept], [grad])
+    _judge_gradients(judged, draw, names, leaves, outputs[0])
     return PASSED
 
 
@@ -407,6 +399,16 @@ def _some(draw: Draw, names: list[str]) -> list[str]:
     if draw.chance(0.3):
         return names
     return [n for n in names if draw.chance(0.5)] or [draw.choice(names)]
+
+
+def _judge_gradients(judged: Judge, draw: Draw, names: list[str], leaves: dict[str, Tensor], output: Tensor) -> None:
+    """The gradients of one output, for values that do not overflow."""
+    if not names or judged.problem.kind not in ("normal", "mixed", "constant"):
+        return
+    grad = _grad_output(draw, output)
+    found = torch.autograd.grad(output, list(leaves.values()), grad, allow_unused=True)
+    kept = [(n, g) for n, g in zip(names, found, strict=True) if g is not None]
+    judged.gradients([n for n, _ in kept], [g for _, g in kept], [grad])
 
 
 def _grad_output(draw: Draw, y: Tensor) -> Tensor:
