@@ -68,12 +68,14 @@ def settled(asked: str) -> str:
     Raises:
         BackendUnavailable: compiled code carries one backend and is called under another.
     """
+    if asked in ("", "auto"):
+        return current()
     chosen = _chosen.get()
-    if asked in ("", "auto") or chosen is None or chosen == asked:
-        return current() if asked in ("", "auto") else _checked_name(asked, "backend")
-    raise BackendUnavailable(
-        f"backend {chosen!r} is in force, but the code that runs was compiled for {asked!r}: compile it again"
-    )
+    if chosen not in (None, asked):
+        raise BackendUnavailable(
+            f"backend {chosen!r} is in force, but the code that runs was compiled for {asked!r}: compile it again"
+        )
+    return _checked_name(asked, "backend")
 
 
 @contextmanager

@@ -120,7 +120,7 @@ def unpack(model: nn.Module) -> int:
         for name, parameter in module._parameters.items():
             if parameter is not None and parameter.is_mkldnn:
                 module._parameters[name] = nn.Parameter(parameter.to_dense(), requires_grad=False)
-                freed += _bytes(parameter)
+                freed += parameter.nbytes
     return freed
 
 
@@ -138,7 +138,7 @@ def packed(name: str, weights: tuple[Tensor, ...], make: Callable[[], Any]) -> A
         kept.pop(name, None)  # the old one goes first: there is memory for one
         del copy
         made = make()
-        copy = kept[name] = _Copy(state, made, sum(_bytes(part) for part in _parts(made)))
+        copy = kept[name] = _Copy(state, made, sum(part.nbytes for part in _parts(made)))
     return copy.made
 
 
@@ -156,10 +156,10 @@ def _release(model: nn.Module) -> dict[str, int]:
             weight = getattr(layer, "weight", None)
             if type(layer) is not nn.Linear or name in kept or weight.requires_grad or owners[id(weight)] > 1:
                 continue
-            if weight.is_mkldnn or _unfit(weight) is not None or weight.numel() == 0 or not onednn_has(weight.dtype):
+            if _unfit(weight) is not None or weight.numel() == 0 or not onednn_has(weight.dtype):
                 continue
             layer.weight = nn.Parameter(torch.ops.mkldnn._reorder_linear_weight(weight.detach()), requires_grad=False)
-            released[".".join(part for part in (prefix, name, "weight") if part)] = _bytes(weight)
+            released[".".join(part for part in (prefix, name, "weight") if part)] = weight.nbytes
     return released
 
 
@@ -197,10 +197,6 @@ def _unfit(weight: Tensor) -> str | None:
 
 def _parts(made: Any) -> list[Tensor]:
     return [part for part in (made if isinstance(made, (list, tuple)) else (made,)) if part is not None]
-
-
-def _bytes(part: Tensor) -> int:
-    return part.numel() * part.element_size()
 
 
 def _require_module(model: Any) -> None:

@@ -134,6 +134,7 @@ def differentiable(
     count = len(op._schema.arguments) - 1
     # where a list of tensors stands, as autograd sees only tensors that are arguments themselves
     listed = next((i for i, a in enumerate(op._schema.arguments) if str(a.type) == "List[Tensor]"), None)
+    returns_list = str(op._schema.returns[0].type) == "List[Tensor]"
 
     class Gradient(torch.autograd.Function):
         @staticmethod
@@ -169,7 +170,7 @@ def differentiable(
             length = len(args[listed])
             flat = (*args[:listed], *args[listed], *args[listed + 1 :])
         result = Gradient.apply(keyset, length, asked, *flat)
-        return list(result) if str(op._schema.returns[0].type) == "List[Tensor]" else result
+        return list(result) if returns_list else result
 
     library.impl(op._schema.name.split("::")[1], kernel, "Autograd", with_keyset=True)
 

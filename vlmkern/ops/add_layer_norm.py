@@ -68,8 +68,10 @@ def _check_bwd(
     eps: float,
     wanted: list[bool],
 ) -> None:
-    _check(summed, grad_summed, weight, bias, eps)
+    _check(summed, None, weight, bias, eps)
     _checks.twin("grad", grad, "summed", summed, "[..., C]")
+    if grad_summed is not None:
+        _checks.twin("grad_summed", grad_summed, "summed", summed, "[..., C]")
     _checks.wanted(wanted, 3)
 
 
