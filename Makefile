@@ -76,11 +76,12 @@ report: setup
 bench-compare: setup
 	$(BIN)/python bench/compare.py $(BASE) $(if $(ONLY),--only '$(ONLY)')
 
-# GPU tests, then the GPU benchmark, with the machine's own Python and torch: nothing is installed or downloaded
+# numbers, times and tuning on a GPU, with the machine's own Python and torch: nothing is installed or downloaded;
+# docs/gpu.md says what the minutes give. make gpu [MINUTES=30] [GPU_OPTIONS='--steps numerics,bench']
 GPU_PYTHON ?= python3
+MINUTES ?= 30
 gpu:
-	PYTHONPATH=$(CURDIR) $(GPU_PYTHON) -m pytest -m gpu tests/gpu
-	PYTHONPATH=$(CURDIR) $(GPU_PYTHON) bench/gpu.py
+	$(GPU_PYTHON) bench/gpu.py --minutes $(MINUTES) $(GPU_OPTIONS)
 
 # the op tests on an extension built with AddressSanitizer and UndefinedBehaviorSanitizer, for each instruction set
 sanitize: setup

@@ -24,22 +24,24 @@ WIDTH, GRID = 1152, (27, 27)
 class Eager(nn.Module):
     """Concatenate, pad, cut into windows, attend: as the model's eager code does."""
 
-    def __init__(self, heads, key_dim, value_dim):
+    def __init__(self, heads, key_dim, value_dim, width=WIDTH, grid=GRID):
         super().__init__()
-        self.heads = heads
-        self.q = nn.Linear(2 * WIDTH, heads * key_dim, bias=False)
-        self.kv = nn.Linear(2 * WIDTH, heads * (key_dim + value_dim), bias=False)
-        self.out = nn.Linear(heads * value_dim, WIDTH, bias=False)
+        self.heads, self.grid = heads, grid
+        self.q = nn.Linear(2 * width, heads * key_dim, bias=False)
+        self.kv = nn.Linear(2 * width, heads * (key_dim + value_dim), bias=False)
+        self.out = nn.Linear(heads * value_dim, width, bias=False)
 
     def forward(self, features):
-        tiles = features[0].shape[0]
-        x = torch.cat(list(features), -1).view(tiles, *GRID, 2 * WIDTH)
-        x = F.pad(x, (0, 0, 0, 1, 0, 1)).view(tiles, 14, 2, 14, 2, 2 * WIDTH).transpose(2, 3).reshape(-1, 4, 2 * WIDTH)
+        x = torch.cat(list(features), -1).unflatten(1, self.grid)
+        rows, cols = self.grid
+        x = F.pad(x, (0, 0, 0, cols % 2, 0, rows % 2)).unflatten(2, (-1, 2)).unflatten(1, (-1, 2))
+        tiles, windows = len(x), x.shape[1] * x.shape[3]
+        x = x.transpose(2, 3).reshape(-1, 4, x.shape[-1])
         q = self.q(x.mean(1, keepdim=True))
         k, v = self.kv(x).split([self.q.out_features, self.out.in_features], -1)
         q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (q, k, v))
         attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-        return self.out(attended).view(tiles, 196, -1)
+        return self.out(attended).view(tiles, windows, -1)
 
 
 CASES = [(shape, "fwd") for shape in SHAPES] + [("jina_vlm_1_tile", "bwd")]

@@ -22,6 +22,7 @@ from vlmkern.models.jina_vlm.config import JinaVLMConfig, VisionConfig
 from vlmkern.models.jina_vlm.image_processor import JinaVLMImageProcessor
 from vlmkern.models.jina_vlm.vision import VisionModel, run_tower
 
+FOUR_BLOCKS = JinaVLMConfig(vision=VisionConfig(num_layers=4, feature_layers=(3, 1)))
 CROPS = 5  # a 2 x 2 tiling and the thumbnail
 SHAPES = ("same_work", "kept_windows")
 PROVIDERS = ("transformers", "onednn", "compile", "vlmkern")
@@ -33,16 +34,17 @@ class EagerPath(nn.Module):
     def __init__(self, vision: VisionModel):
         super().__init__()
         self.embed, self.position = vision.patch_embed.proj, vision.pos_embed
-        self.slots = vision.config.feature_slots
-        self.layers = nn.ModuleList(Transformers(block, vision.config) for block in vision.layers)
+        config, self.slots = vision.config, vision.config.feature_slots
+        blocks = vision.layers[: max(self.slots) + 1]
+        self.layers = nn.ModuleList(Transformers(block, config) for block in blocks)
         pooling, projector = vision.vl_connector.pooling, vision.vl_connector.projector
-        self.pool = EagerPool(pooling.num_heads, 72, 72)
+        self.pool = EagerPool(pooling.num_heads, 72, 72, config.hidden_size, config.grid)
         self.pool.q.weight, self.pool.kv.weight, self.pool.out.weight = (
             pooling.q_w.weight,
             pooling.kv_w.weight,
             pooling.out.weight,
         )
-        self.mlp = EagerMLP(1152, 6144, 2048)
+        self.mlp = EagerMLP(config.hidden_size, projector.down.in_features, projector.down.out_features)
         self.mlp.up.weight, self.mlp.down.weight = projector.up.weight, projector.down.weight
 
     def forward(self, crops):
@@ -54,8 +56,7 @@ class EagerPath(nn.Module):
         return self.mlp(self.pool([outputs[slot] for slot in self.slots]))
 
 
-def make_vision() -> VisionModel:
-    config = JinaVLMConfig(vision=VisionConfig(num_layers=4, feature_layers=(3, 1)))
+def make_vision(config: JinaVLMConfig = FOUR_BLOCKS) -> VisionModel:
     vision = VisionModel(config)
     with torch.no_grad():
         vision.pos_embed.normal_()

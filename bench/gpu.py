@@ -1,231 +1,291 @@
-"""Measures vlmkern on the GPU of this machine against every provider that torch has here: python bench/gpu.py.
+"""One run on the GPU of this machine, planned for 30 minutes: python3 bench/gpu.py [--minutes 30].
 
-Each provider's result is first checked against float32; its call is then captured in a CUDA graph where that works, so
-that device time is compared and not Python's. Rounds are interleaved, the L2 cache is overwritten before each, medians
-are reported, and rates are given as shares of what this card gave in the same run. No setting of the card is changed.
+Numbers of every op at the sizes of the models, times against all that torch and installed libraries have, the tables
+that matter tuned, the parts of the model, and torch.compile: in this order, each step with a share of the time. It
+needs torch, triton, pytest and rich, no built extension and no network, and changes no setting of the card. A process
+does a step; should a kernel hang or break the device, it is started again behind it. Every result is on disk at once:
+the same command with --resume does what is left.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import hashlib
 import json
-import statistics
+import os
+import shutil
+import signal
+import subprocess
 import sys
+import tempfile
+import threading
 import time
-from collections.abc import Callable
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
-import torch
-from gpu_cases import Case, cases
-from rich.console import Console
-from rich.table import Table
-from torch import Tensor
+BENCH = Path(__file__).resolve().parent
+ROOT = BENCH.parent
+sys.path[:0] = [str(ROOT), str(BENCH)]
 
-import vlmkern
+from gpu_ledger import Ledger  # noqa: E402
+from gpu_steps import REHEARSAL, STEPS, Step, by_name, ends  # noqa: E402
+from gpu_summary import show  # noqa: E402
+from rich.console import Console  # noqa: E402
 
-RESULTS = Path(__file__).parent / "results"
-# relative to the largest value of the float32 result; a provider beyond is reported and not timed
-LIMIT = 5e-2
+FILES = ("run.json", "bench.jsonl", "numerics.jsonl", "tuning.jsonl", "kernels.json", "run.log", "summary.txt")
+# of a file that comes back from a borrowed machine
+MOST_BYTES = 16 * 2**20
+# so often may a step's process end without having settled anything
+TRIES = 2
+WORKER = BENCH / "gpu_worker.py"
 
 
-def main() -> int:
-    """Runs all cases; returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", metavar="TEXT", default="", help="cases whose name holds TEXT")
-    parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--seconds", type=float, default=270, help="start no case after this time (default: 270)")
-    options = parser.parse_args()
-    if not torch.cuda.is_available():
-        print("bench/gpu.py: needs a CUDA device; `vlmkern aot` reports what needs none", file=sys.stderr)
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the steps and shows what they came to. Status: 0 done, 1 something failed, 2 bad input or no GPU."""
+    options = _parser().parse_args(arguments)
+    try:
+        steps = by_name(options.steps)
+        if options.show is not None:
+            return _show(options.show)
+        name = "rehearsal" if options.rehearse else _card()
+        out = options.out or BENCH / ("out" if options.rehearse else "results") / f"{name}-{date.today()}"
+        _prepare(out, options.resume)
+    except (ValueError, OSError) as error:
+        print(f"bench/gpu.py: {error}", file=sys.stderr)
         return 2
-    torch.manual_seed(0)
-    # gradients are computed on the stream of their forward, and the default stream cannot be captured
-    torch.cuda.set_stream(torch.cuda.Stream())
-    console, begin = Console(width=150), time.monotonic()
-    machine = describe_machine()
-    console.print(machine)
-    rows: list[dict[str, Any]] = []
-    path = RESULTS / f"{machine['gpu'].lower().replace(' ', '-')}-{date.today()}.json"
-    path.parent.mkdir(exist_ok=True)
-    for case in cases():
-        if options.only not in case.name:
-            continue
-        if time.monotonic() - begin > options.seconds:
-            console.print(f"left out for lack of time: {case.name}")
-            continue
-        for mode in ("fwd", "bwd") if case.backward else ("fwd",):
-            found = measure(case, mode, options.rounds, machine)
-            rows += found
-            console.print(table(case, mode, found))
-            # as they come: a run that is cut short leaves what it has
-            path.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n", encoding="utf-8")
-    console.print(f"written: {path}")
-    return 0
+    # as when a shell's `timeout` ends it: what runs on the device must not outlive it
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    run = Run(out, f"{name} {_fingerprint()}", options.rehearse)
+    run.go(steps, 60 * options.minutes)
+    return run.finish()
 
 
-def describe_machine() -> dict[str, Any]:
-    """The card, versions, and the two ceilings that rates are compared with."""
-    a, b = (torch.randn(8192, 8192, dtype=torch.bfloat16, device="cuda") for _ in range(2))
-    source, target = (torch.empty(2**30, dtype=torch.uint8, device="cuda") for _ in range(2))
-    times = device_times({"matmul": lambda: a @ b, "copy": lambda: target.copy_(source)}, 10)
-    return {
-        "gpu": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-        "triton": vlmkern.backends()["triton"]["version"],
-        "vlmkern": vlmkern.__version__,
-        "matmul_tflops": round(2 * 8192**3 / times["matmul"] / 1e9, 1),
-        "copy_gb_per_s": round(2 * 2**30 / times["copy"] / 1e6),
-    }
+class Run:
+    """The steps of one command.
 
+    Args:
+        out: where result files go.
+        of: the card and the state of the code, which results of other cards and code do not count for.
+    """
 
-def measure(case: Case, mode: str, rounds: int, machine: dict[str, Any]) -> list[dict[str, Any]]:
-    """Rows of one case and mode, one a provider."""
-    exact = wide_result(case, mode)
-    calls: dict[str, Callable[[], Any]] = {}
-    rows = []
-    for name, provider in case.providers.items():
-        row: dict[str, Any] = {"case": case.name, "mode": mode, "provider": name}
-        rows.append(row)
-        try:
-            call = forward(case, provider) if mode == "fwd" else backward(case, provider)
-            found = call()
-            row["relative_error"] = max(
-                ((x.float() - y).abs().max() / y.abs().max()).item() for x, y in zip(found, exact, strict=True)
-            )
-            row["peak_mib"] = peak_memory(call)
-        except Exception as error:
-            # a backend that this card, build or shape does not have; what it said is kept with the results
-            row["unavailable"] = " ".join(str(error).split())[:160]
-            continue
-        if not row["relative_error"] <= LIMIT:
-            row["unavailable"] = f"wrong: relative error {row['relative_error']:.2g}"
-            continue
-        calls[name] = call
-    del exact
-    for name, milliseconds in device_times(calls, rounds).items():
-        row = next(row for row in rows if row["provider"] == name)
-        # a backward makes twice the forward's products; what is recomputed does not count as work
-        flops = case.flops * (1 if mode == "fwd" else 2.5 if case.name.startswith("attention ") else 2)
-        row["ms"] = milliseconds
-        row["tflops"] = flops / milliseconds / 1e9
-        row["of_matmul_peak"] = row["tflops"] / machine["matmul_tflops"]
-        row["gb_per_s"] = case.least_bytes / milliseconds / 1e6
-    timed = {row["provider"]: row["ms"] for row in rows if "ms" in row}
-    others = [value for name, value in timed.items() if name != "vlmkern"]
-    if "vlmkern" in timed and others:
-        next(row for row in rows if row["provider"] == "vlmkern")["x_best_other"] = min(others) / timed["vlmkern"]
-    return rows
+    def __init__(self, out: Path, of: str, rehearsal: bool) -> None:
+        self.out, self.of, self.rehearsal = out, of, rehearsal
+        self.tables = Path(tempfile.mkdtemp(prefix="vlmkern-tables-"))
+        path = out / "run.json"
+        self.record: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"steps": {}}
+        self.record["of"] = of
+        self.console = Console(width=150, soft_wrap=True)
 
+    def go(self, steps: tuple[Step, ...], seconds: float) -> None:
+        """Does one after the other."""
+        begin = time.time()
+        last, until = begin + seconds, ends(steps, begin, seconds)
+        for step in steps:
+            self.console.rule(f"{step.name}: {step.about}; until {until[step.name] - begin:.0f} s", align="left")
+            started, row = time.time(), self.record["steps"].setdefault(step.name, {"seconds": 0.0})
+            self._note(row, state="cut off")
+            state = self._step(step, until[step.name], last)
+            self._note(row, state=state, seconds=round(row["seconds"] + time.time() - started, 1))
+            self.console.print(f"[bold]{step.name}[/]: {state}, {time.time() - started:.0f} s")
 
-def forward(case: Case, provider: Callable[..., Any]) -> Callable[[], list[Tensor]]:
-    """A call that gives the result."""
+    def _note(self, row: dict[str, Any], **changes: Any) -> None:
+        row |= changes
+        (self.out / "run.json").write_text(json.dumps(self.record, indent=1) + "\n", encoding="utf-8")
 
-    def call() -> list[Tensor]:
-        with torch.no_grad():
-            return results(provider(*case.inputs))
+    def finish(self) -> int:
+        """Shows the summary, keeps it, and says whether all is well."""
+        with (self.out / "summary.txt").open("w", encoding="utf-8") as file:
+            for console in (Console(file=file, width=150), Console(width=150)):
+                show(self.out, self.of, console)
+        print(f"results: {self.out}")
+        shutil.rmtree(self.tables, ignore_errors=True)
+        ledgers = [Ledger(self.out / name, self.of) for name in ("bench.jsonl", "numerics.jsonl")]
+        failed = any("failed" in row for ledger in ledgers for row in ledger.results.values())
+        return int(failed or any(row["state"].startswith("failed") for row in self.record["steps"].values()))
 
-    return call
+    def _step(self, step: Step, until: float, last: float) -> str:
+        fruitless = 0
+        while True:
+            before = self._progress(step)
+            status, words = self._process(step, until, min(until + step.quiet, last))
+            if status == "over":
+                return f"time over{self._left(step)}"
+            if status == "ended":
+                left = self._left(step)
+                return f"time over{left}" if left else "done"
+            fruitless = 0 if self._progress(step) > before else fruitless + 1
+            if fruitless == TRIES:
+                return f"failed: {words}"
+            self.console.print(f"{step.name}: {words}; started again")
 
-
-def backward(case: Case, provider: Callable[..., Any]) -> Callable[[], list[Tensor]]:
-    """A call that gives the gradients by inputs and weights, of a forward that was run before."""
-    leaves = [x.detach().requires_grad_() for x in case.inputs]
-    out = results(provider(*leaves))
-    grads = [torch.ones_like(x) for x in out]
-    return lambda: list(torch.autograd.grad(out, [*leaves, *case.weights], grads, retain_graph=True))
-
-
-def results(out: Tensor | tuple[Tensor, ...]) -> list[Tensor]:
-    """What a provider gives, as a list."""
-    return [out] if isinstance(out, Tensor) else list(out)
-
-
-def wide_result(case: Case, mode: str) -> list[Tensor]:
-    """What the first provider gives for the same values in float32."""
-    provider = next(iter(case.providers.values()))
-    narrow = [(x, x.data) for x in case.weights]
-    modules = [provider] if isinstance(provider, torch.nn.Module) else []
-    dtype = case.inputs[0].dtype
-    for module in modules:
-        module.float()
-    for x, data in narrow:
-        x.data = data.float()
-    try:
-        wide = Case(case.name, [x.float() for x in case.inputs], case.providers, 0, 0, case.weights)
-        return (forward if mode == "fwd" else backward)(wide, provider)()
-    finally:
-        for module in modules:
-            module.to(dtype)
-        for x, data in narrow:
-            x.data = data
-
-
-def peak_memory(call: Callable[[], Any]) -> float:
-    """MiB that one call allocates beyond what was there."""
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    call()
-    torch.cuda.synchronize()
-    return round((torch.cuda.max_memory_allocated() - before) / 2**20, 1)
-
-
-def device_times(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
-    """Median milliseconds of each, in turn, after the L2 cache was overwritten."""
-    replays = {name: captured(call) for name, call in calls.items()}
-    flush = torch.empty(2**28, dtype=torch.uint8, device="cuda")
-    events: dict[str, list[tuple[Any, Any]]] = {name: [] for name in calls}
-    for _ in range(rounds):
-        for name, replay in replays.items():
-            flush.zero_()
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            replay()
-            end.record()
-            events[name].append((start, end))
-    torch.cuda.synchronize()
-    return {name: statistics.median(a.elapsed_time(b) for a, b in pairs) for name, pairs in events.items()}
-
-
-def captured(call: Callable[[], Any]) -> Callable[[], Any]:
-    """The call's CUDA graph, or the call itself where it cannot be captured."""
-    for _ in range(3):
-        call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    try:
-        with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
-            call()
-    except RuntimeError:
-        torch.cuda.synchronize()
-        return call
-    return graph.replay
-
-
-def table(case: Case, mode: str, rows: list[dict[str, Any]]) -> Table:
-    """One case's providers, fastest first."""
-    shown = Table(title=f"{case.name} {mode}", title_justify="left")
-    shown.add_column("provider", no_wrap=True)
-    for heading in ("us", "TFLOP/s", "of matmul", "GB/s", "peak MiB", "error", "x best other"):
-        shown.add_column(heading, justify="right")
-    for row in sorted(rows, key=lambda row: row.get("ms", float("inf"))):
-        if "ms" not in row:
-            shown.add_row(row["provider"], f"[dim]{row['unavailable'][:60]}[/]")
-            continue
-        shown.add_row(
-            row["provider"],
-            f"{row['ms'] * 1e3:.1f}",
-            f"{row['tflops']:.0f}",
-            f"{row['of_matmul_peak']:.0%}",
-            f"{row['gb_per_s']:.0f}",
-            f"{row['peak_mib']:.0f}",
-            f"{row['relative_error']:.0e}",
-            f"{row['x_best_other']:.2f}" if "x_best_other" in row else "",
+    def _process(self, step: Step, until: float, last: float) -> tuple[str, str]:
+        """Runs a step's process to its end, "ended" or "broken", or to `last`, "over"; and its last words."""
+        child = subprocess.Popen(
+            [sys.executable, str(WORKER), step.name, str(self.out), str(until), self.of],
+            cwd=ROOT,
+            env=self._environment(step),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            start_new_session=True,
         )
-    return shown
+        tee = _Tee(child.stdout, self.out / "run.log")
+        try:
+            status = self._watch(child, tee, step, last)
+        finally:
+            # with all that it started, which must not hold the device
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGKILL)
+            child.wait()
+            tee.close()
+        if status == "ended":
+            return ("ended", "") if child.returncode == 0 else ("broken", f"status {child.returncode}: {tee.last}")
+        if status == "over" and step.file != "tuning.jsonl":
+            Ledger(self.out / step.file, self.of).stop()
+        return ("over", "") if status == "over" else ("broken", f"no sign of life for {step.quiet:.0f} s")
+
+    def _watch(self, child: subprocess.Popen[str], tee: _Tee, step: Step, last: float) -> str:
+        path, alive = self.out / step.file, time.time()
+        while child.poll() is None:
+            time.sleep(0.1)
+            now = time.time()
+            alive = max(alive, tee.heard, path.stat().st_mtime if path.exists() else 0)
+            if now > last:
+                return "over"
+            if now - alive > step.quiet:
+                return "silent"
+        return "ended"
+
+    def _environment(self, step: Step) -> dict[str, str]:
+        env = {key: value for key, value in os.environ.items() if key not in ("TRITON_INTERPRET", "VLMKERN_BACKEND")}
+        env |= {"PYTHONUNBUFFERED": "1"}
+        env["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+        if self.rehearsal:
+            env |= {REHEARSAL: "1", "OMP_NUM_THREADS": "1"}
+            env |= {} if step.compiles else {"TRITON_INTERPRET": "1"}
+        if step.tuned and self._tuned():
+            env["VLMKERN_TABLES"] = str(self.tables)
+        return env
+
+    def _tuned(self) -> bool:
+        """Writes the tables that come of what was timed so far; whether there are any."""
+        from vlmkern import tune
+
+        log = self.out / "tuning.jsonl"
+        found = tune.tables(log) if log.exists() else []
+        for table in found:
+            tune.write(table, self.tables)
+        return bool(found)
+
+    def _progress(self, step: Step) -> int:
+        """A number that grows with what is settled."""
+        path = self.out / step.file
+        if step.file == "tuning.jsonl":
+            return path.stat().st_size if path.exists() else 0
+        ledger = Ledger(path, self.of)
+        return len(ledger.results) + sum(len(parts) for parts in ledger.lost.values()) + (ledger.open is not None)
+
+    def _left(self, step: Step) -> str:
+        if step.file == "tuning.jsonl":
+            return ""
+        ledger = Ledger(self.out / step.file, self.of)
+        return f", {len(ledger.left)} left" if ledger.left else ""
+
+
+class _Tee:
+    """Passes a process's output on to the terminal and a file, which stays within its limit.
+
+    Attributes:
+        last: line of it that is not empty.
+        heard: when that came.
+    """
+
+    def __init__(self, stream: TextIO, path: Path) -> None:
+        self.last, self.heard = "", 0.0
+        self._stream, self._path = stream, path
+        self._thread = threading.Thread(target=self._pass_on, daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Waits for what is under way."""
+        self._thread.join(timeout=5)
+
+    def _pass_on(self) -> None:
+        with self._path.open("a", encoding="utf-8") as file:
+            for line in self._stream:
+                self.last, self.heard = line.strip() or self.last, time.time()
+                print(line, end="", flush=True)
+                if file.tell() < MOST_BYTES - 2**16:
+                    file.write(line[: 2**15])
+                    file.flush()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=_minutes, default=30.0, help="of this command (default: 30)")
+    parser.add_argument(
+        "--steps", metavar="A,B", help=f"some of {','.join(step.name for step in STEPS)} (default: all)"
+    )
+    parser.add_argument("--out", type=Path, metavar="DIR", help="results (default: bench/results/<gpu>-<date>)")
+    parser.add_argument("--resume", type=Path, metavar="DIR", help="results of an earlier command, to go on from")
+    parser.add_argument("--show", type=Path, metavar="DIR", help="show the results there, and do nothing")
+    parser.add_argument(
+        "--rehearse", action="store_true", help="go through all steps on this machine's CPU, at small sizes"
+    )
+    return parser
+
+
+def _minutes(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 1 <= value <= 24 * 60:
+        raise argparse.ArgumentTypeError(f"got {text[:20]!r}, expected minutes from 1 to 1440")
+    return value
+
+
+def _card() -> str:
+    """The GPU's name, as of a file.
+
+    Raises:
+        ValueError: there is none.
+    """
+    import torch
+
+    if not torch.cuda.is_available():
+        raise ValueError("needs a CUDA device; `--rehearse` goes through the steps without, `vlmkern aot` compiles")
+    return torch.cuda.get_device_name().lower().replace(" ", "-")
+
+
+def _prepare(out: Path, resume: Path | None) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    if resume is None:
+        return
+    if not (resume / "run.json").is_file():
+        raise ValueError(f"--resume: got {resume}, expected a folder of results with a run.json")
+    for name in FILES:
+        if (resume / name).is_file() and not (out / name).exists():
+            (out / name).write_bytes((resume / name).read_bytes())
+
+
+def _fingerprint() -> str:
+    """Of all code that results depend on."""
+    found = hashlib.sha256()
+    for folder in ("kernels", "vlmkern", "bench", "tests/gpu"):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            found.update(path.relative_to(ROOT).as_posix().encode() + path.read_bytes())
+    return found.hexdigest()[:12]
+
+
+def _show(folder: Path) -> int:
+    if not (folder / "run.json").is_file():
+        raise ValueError(f"--show: got {folder}, expected a folder of results with a run.json")
+    show(folder, json.loads((folder / "run.json").read_text(encoding="utf-8"))["of"], Console(width=150))
+    return 0
 
 
 if __name__ == "__main__":

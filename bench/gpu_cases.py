@@ -1,33 +1,37 @@
 """What is compared on a GPU: each op and block of jina-vlm at 13 crops, forward and backward, and every provider of it.
 
-Providers take the same tensors. A provider that a machine, a torch build or a shape does not have is left out there.
+Providers take the same tensors. One that a machine, a torch build or a shape does not have says so when it is called.
 """
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
+import gpu_device
 import torch
 import torch.nn.functional as F
 from bench_attention import eager as eager_attention
-from bench_attention_pool import GRID
 from bench_attention_pool import Eager as EagerPool
-from bench_siglip_block import Transformers as EagerBlock
 from bench_swiglu_mlp import Eager as EagerMLP
-from bench_vision_path import EagerPath, make_vision
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+import vlmkern
 from vlmkern import ops
-from vlmkern.models.jina_vlm.config import VisionConfig
-from vlmkern.models.jina_vlm.vision import VisionBlock, run_tower
 
-CROPS, TOKENS, HEADS, WIDTH = 13, 729, 16, 1152
+DEVICE = gpu_device.current()
+_size = DEVICE.size
+CROPS, HEADS, WIDTH, HIDDEN, OUT = _size(13, 2), _size(16, 2), _size(1152, 144), _size(4304, 40), _size(2048, 24)
+GRID = (_size(27, 3), _size(27, 3))
+TOKENS = GRID[0] * GRID[1]
+WINDOWS = CROPS * ((GRID[0] + 1) // 2) * ((GRID[1] + 1) // 2)
 
-Call = Callable[..., Tensor | tuple[Tensor, ...]]
+Provider = Callable[..., Tensor | tuple[Tensor, ...]]
 
 
 @dataclass
@@ -36,74 +40,165 @@ class Case:
 
     Attributes:
         inputs: what gradients are taken of, beside the weights that `providers` hold.
+        reference: the computation in plain torch, on inputs and weights of any dtype.
+        providers: those who do it, by name; of all torch.compile is "compile" and we are "vlmkern".
         flops: of the mathematics at D = 72, whatever a provider pads or leaves out.
+        backward_flops: how many times as many its gradients take, without what is computed again.
         least_bytes: inputs, weights and result once.
         weights: what gradients are taken of in every provider.
+        modules: what holds further weights.
+        forward_only: providers that are not asked for gradients.
     """
 
-    name: str
     inputs: list[Tensor]
-    providers: dict[str, Call]
+    reference: Provider
+    providers: dict[str, Provider]
     flops: float
     least_bytes: float
     weights: list[Tensor] = field(default_factory=list)
-    backward: bool = True
+    modules: list[nn.Module] = field(default_factory=list)
+    backward_flops: float = 2
+    forward_only: frozenset[str] = frozenset()
 
 
-def cases(dtype: torch.dtype = torch.bfloat16, device: str = "cuda") -> Iterator[Case]:
-    """All cases, made one after the other, so that one's memory is free before the next."""
-    for head_dim, tokens, images in ((72, 729, 13), (72, 729, 1), (64, 1025, 13), (80, 3996, 1)):
-        yield attention(images, tokens, head_dim, dtype, device)
-    yield attention_pool(HEADS, 72, 72, dtype, device)
-    yield attention_pool(1, 1152, 2304, dtype, device)
-    for rows in (2548, 196):
-        yield swiglu_mlp(rows, dtype, device)
-    yield linear("gelu_tanh", False, dtype, device)
-    yield linear("none", True, dtype, device)
-    yield add_layer_norm(dtype, device)
-    yield block(dtype, device)
-    yield vision_path(dtype, device)
+@dataclass(frozen=True)
+class Entry:
+    """A case that can be made, so that one's memory is free before the next."""
+
+    name: str
+    make: Callable[[], Case]
+    modes: tuple[str, ...] = ("fwd", "bwd")
+    compiled: bool = True
+
+    @property
+    def units(self) -> list[str]:
+        """Names of what is timed together."""
+        return [f"{self.name} {mode}" for mode in self.modes]
 
 
-def attention(images: int, tokens: int, head_dim: int, dtype: torch.dtype, device: str) -> Case:
+def op_entries(dtype: torch.dtype = torch.bfloat16) -> list[Entry]:
+    """Those of single ops, by their worth."""
+    rows = CROPS * TOKENS
+    attentions = [(CROPS, TOKENS, 72), (1, TOKENS, 72), (CROPS, _size(1025, 33), 64), (1, _size(3996, 40), 80)]
+    pools = [(HEADS, 72, 72), (1, WIDTH, 2 * WIDTH)]
+    linears = [(WIDTH, HIDDEN, "gelu_tanh"), (HIDDEN, WIDTH, "none")]
+    return [
+        *(Entry(f"attention {n}x{t}x{HEADS}x{d}", partial(attention, n, t, d, dtype)) for n, t, d in attentions),
+        *(
+            Entry(
+                f"attention_pool {WINDOWS} windows, {heads}x{k}, {heads}x{v}",
+                partial(attention_pool, heads, k, v, dtype),
+            )
+            for heads, k, v in pools
+        ),
+        *(
+            Entry(f"swiglu_mlp {count}x{WIDTH}-{_size(6144, 40)}-{OUT}", partial(swiglu_mlp, count, dtype))
+            for count in (WINDOWS, _size(196, 9))
+        ),
+        *(
+            Entry(f"linear {rows}x{c}-{e}, {a}{' + residual' * (a == 'none')}", partial(linear, c, e, a, dtype))
+            for c, e, a in linears
+        ),
+        Entry(f"add_layer_norm {rows}x{WIDTH}", partial(add_layer_norm, dtype)),
+    ]
+
+
+def block_entries(dtype: torch.dtype = torch.bfloat16) -> list[Entry]:
+    """Those of parts of the model; torch.compile takes minutes over the whole tower."""
+    few, whole = (4, (3, 1)), (_size(27, 4), (-4, _size(-10, -3)))
+    return [
+        Entry(f"siglip block, {CROPS} crops", partial(block, dtype), ("fwd",)),
+        Entry(f"vision path, {CROPS} crops, 4 blocks", partial(vision_path, *few, dtype), ("fwd",)),
+        Entry(
+            f"vision path, {CROPS} crops, whole tower", partial(vision_path, *whole, dtype), ("fwd",), compiled=False
+        ),
+    ]
+
+
+def attention(images: int, tokens: int, head_dim: int, dtype: torch.dtype) -> Case:
     """On views of one fused projection."""
-    qkv = torch.randn(images, tokens, 3, HEADS, head_dim, dtype=dtype, device=device)
+    qkv = torch.randn(images, tokens, 3, HEADS, head_dim, dtype=dtype, device=DEVICE.name)
     heads = images * HEADS
 
-    def forced(backend: SDPBackend) -> Call:
+    def eager(qkv: Tensor) -> Tensor:
+        return eager_attention(*qkv.unbind(2))
+
+    def sdpa(*backends: SDPBackend) -> Provider:
         def call(qkv: Tensor) -> Tensor:
-            with sdpa_kernel(backend):
+            with sdpa_kernel(list(backends)):
                 return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in qkv.unbind(2))).transpose(1, 2)
 
         return call
 
-    providers: dict[str, Call] = {
-        "eager": lambda qkv: eager_attention(*qkv.unbind(2)),
-        "compile": compiled(lambda qkv: eager_attention(*qkv.unbind(2))),
-        "sdpa_flash": forced(SDPBackend.FLASH_ATTENTION),
-        "sdpa_cudnn": forced(SDPBackend.CUDNN_ATTENTION),
-        "sdpa_efficient": forced(SDPBackend.EFFICIENT_ATTENTION),
-        "vlmkern": lambda qkv: ops.attention(*qkv.unbind(2)),
-    }
-    if importlib.util.find_spec("flash_attn") is not None:
-        from flash_attn import flash_attn_func
-
-        providers["flash_attn"] = lambda qkv: flash_attn_func(*qkv.unbind(2))
     return Case(
-        f"attention {images}x{tokens}x{HEADS}x{head_dim}",
         [qkv],
-        providers,
+        eager,
+        {
+            "eager": eager,
+            "compile": compiled(eager),
+            "sdpa_cudnn": sdpa(SDPBackend.CUDNN_ATTENTION),
+            "sdpa_flash": sdpa(SDPBackend.FLASH_ATTENTION),
+            "sdpa_efficient": sdpa(SDPBackend.EFFICIENT_ATTENTION),
+            **_attention_libraries(head_dim),
+            "vlmkern": lambda qkv: ops.attention(*qkv.unbind(2)),
+        },
         flops=4 * heads * tokens**2 * head_dim,
         least_bytes=4 * heads * tokens * head_dim * dtype.itemsize,
+        backward_flops=2.5,
+        # its dQ is wrong at head dimensions that are no power of two, by its own issue tracker
+        forward_only=frozenset({"flash_attn_4"}),
     )
 
 
-def attention_pool(heads: int, key_dim: int, value_dim: int, dtype: torch.dtype, device: str) -> Case:
-    """Of two hidden states of 13 crops; the formula's count, keys and values of every slot."""
-    features = list(torch.randn(2, CROPS, TOKENS, WIDTH, dtype=dtype, device=device).unbind(0))
-    module = EagerPool(heads, key_dim, value_dim).to(device, dtype)
-    windows = 196 * CROPS
+def _attention_libraries(head_dim: int) -> dict[str, Provider]:
+    """Attention of packages that may be installed. Each takes [B, N, H, D]; some give the log-sum-exp as well."""
+
+    def flash(module: str) -> Provider:
+        def call(qkv: Tensor) -> Tensor:
+            out = importlib.import_module(module).flash_attn_func(*qkv.unbind(2))
+            return out[0] if isinstance(out, tuple) else out
+
+        return call
+
+    def transformer_engine() -> Provider:
+        made: list[nn.Module] = []
+
+        def call(qkv: Tensor) -> Tensor:
+            if not made:
+                engine = importlib.import_module("transformer_engine.pytorch")
+                settings = {"attention_dropout": 0.0, "qkv_format": "bshd", "attn_mask_type": "no_mask"}
+                made.append(engine.DotProductAttention(HEADS, head_dim, **settings))
+            # it wants them apart, each dense
+            out = made[0](*(x.contiguous() for x in qkv.unbind(2)))
+            return out.unflatten(-1, (HEADS, head_dim))
+
+        return call
+
+    found = {
+        "flash_attn_2": ("flash_attn_2_cuda", flash("flash_attn")),
+        "flash_attn_3": ("flash_attn_interface", flash("flash_attn_interface")),
+        "flash_attn_4": ("flash_attn.cute", flash("flash_attn.cute")),
+        "transformer_engine": ("transformer_engine", transformer_engine()),
+    }
+    return {name: provider for name, (module, provider) in found.items() if _is_there(module)}
+
+
+def _is_there(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ImportError:
+        # of a part of a package, without the package
+        return False
+
+
+def attention_pool(heads: int, key_dim: int, value_dim: int, dtype: torch.dtype) -> Case:
+    """Of two hidden states; the formula's count, keys and values of every slot."""
+    features = list(torch.randn(2, CROPS, TOKENS, WIDTH, dtype=dtype, device=DEVICE.name).unbind(0))
+    module = EagerPool(heads, key_dim, value_dim, WIDTH, GRID).to(DEVICE.name, dtype)
     weights = [module.q.weight, module.kv.weight, module.out.weight]
+
+    def eager(*features: Tensor) -> Tensor:
+        return module(features)
 
     def ours(*features: Tensor) -> Tensor:
         q, kv, out = weights
@@ -111,42 +206,39 @@ def attention_pool(heads: int, key_dim: int, value_dim: int, dtype: torch.dtype,
 
     sizes = [weight.numel() for weight in weights]
     return Case(
-        f"attention_pool {heads} heads, {windows} windows",
         features,
-        {
-            "eager": lambda *features: module(features),
-            "compile": compiled(lambda *features: module(features)),
-            "vlmkern": ours,
-        },
-        flops=2 * windows * (sizes[0] + 4 * sizes[1] + sizes[2]),
-        least_bytes=(2 * features[0].numel() + sum(sizes) + windows * WIDTH) * dtype.itemsize,
+        eager,
+        {"eager": eager, "compile": compiled(eager), "vlmkern": ours},
+        flops=2 * WINDOWS * (sizes[0] + 4 * sizes[1] + sizes[2]),
+        least_bytes=(2 * features[0].numel() + sum(sizes) + WINDOWS * WIDTH) * dtype.itemsize,
         weights=weights,
     )
 
 
-def swiglu_mlp(rows: int, dtype: torch.dtype, device: str) -> Case:
+def swiglu_mlp(rows: int, dtype: torch.dtype) -> Case:
     """The connector's projector."""
-    x = torch.randn(rows, WIDTH, dtype=dtype, device=device)
-    module = EagerMLP(WIDTH, 6144, 2048).to(device, dtype)
+    x = torch.randn(rows, WIDTH, dtype=dtype, device=DEVICE.name)
+    module = EagerMLP(WIDTH, _size(6144, 40), OUT).to(DEVICE.name, dtype)
     weights = [module.up.weight, module.down.weight]
     return Case(
-        f"swiglu_mlp {rows}x{WIDTH}-6144-2048",
         [x],
+        module,
         {"eager": module, "compile": compiled(module), "vlmkern": lambda x: ops.swiglu_mlp(x, *weights)},
         flops=2 * rows * sum(weight.numel() for weight in weights),
-        least_bytes=(x.numel() + sum(weight.numel() for weight in weights) + rows * 2048) * dtype.itemsize,
+        least_bytes=(x.numel() + sum(weight.numel() for weight in weights) + rows * OUT) * dtype.itemsize,
         weights=weights,
     )
 
 
-def linear(activation: str, residual: bool, dtype: torch.dtype, device: str) -> Case:
-    """A tower block's projections: into the MLP with its activation, or out of it onto the residual."""
-    rows, inputs, outputs = CROPS * TOKENS, *((4304, WIDTH) if residual else (WIDTH, 4304))
-    weight, bias = torch.randn(outputs, inputs, device=device) * inputs**-0.5, torch.randn(outputs, device=device)
+def linear(inputs: int, outputs: int, activation: str, dtype: torch.dtype) -> Case:
+    """A tower block's projections: into the MLP with its activation, or, with none, out of it onto the residual."""
+    rows, residual = CROPS * TOKENS, activation == "none"
+    weight = torch.randn(outputs, inputs, device=DEVICE.name) * inputs**-0.5
+    bias = torch.randn(outputs, device=DEVICE.name)
     weights = [weight.to(dtype).requires_grad_(), bias.to(dtype).requires_grad_()]
-    tensors = [torch.randn(rows, inputs, dtype=dtype, device=device)]
+    tensors = [torch.randn(rows, inputs, dtype=dtype, device=DEVICE.name)]
     if residual:
-        tensors.append(torch.randn(rows, outputs, dtype=dtype, device=device))
+        tensors.append(torch.randn(rows, outputs, dtype=dtype, device=DEVICE.name))
 
     def eager(x: Tensor, added: Tensor | None = None) -> Tensor:
         y = F.linear(x, *weights)
@@ -158,8 +250,8 @@ def linear(activation: str, residual: bool, dtype: torch.dtype, device: str) -> 
 
     least = sum(x.numel() for x in tensors) + weight.numel() + rows * outputs
     return Case(
-        f"linear {rows}x{inputs}-{outputs}, {activation}{' + residual' if residual else ''}",
         tensors,
+        eager,
         {"eager": eager, "compile": compiled(eager), "vlmkern": ours},
         flops=2 * rows * weight.numel(),
         least_bytes=least * dtype.itemsize,
@@ -167,82 +259,129 @@ def linear(activation: str, residual: bool, dtype: torch.dtype, device: str) -> 
     )
 
 
-def add_layer_norm(dtype: torch.dtype, device: str) -> Case:
+def add_layer_norm(dtype: torch.dtype) -> Case:
     """Between a tower block's halves: residual and norm."""
     rows = CROPS * TOKENS
-    tensors = [torch.randn(rows, WIDTH, dtype=dtype, device=device) for _ in range(2)]
-    weights = [torch.randn(WIDTH, dtype=dtype, device=device).requires_grad_() for _ in range(2)]
+    tensors = [torch.randn(rows, WIDTH, dtype=dtype, device=DEVICE.name) for _ in range(2)]
+    weights = [torch.randn(WIDTH, dtype=dtype, device=DEVICE.name).requires_grad_() for _ in range(2)]
 
     def eager(x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         total = x + residual
         return F.layer_norm(total, (WIDTH,), *weights, 1e-6), total
 
+    def ours(x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        return ops.add_layer_norm(x, residual, *weights, eps=1e-6)
+
     return Case(
-        f"add_layer_norm {rows}x{WIDTH}",
         tensors,
-        {
-            "eager": eager,
-            "compile": compiled(eager),
-            "vlmkern": lambda x, residual: ops.add_layer_norm(x, residual, *weights, eps=1e-6),
-        },
+        eager,
+        {"eager": eager, "compile": compiled(eager), "vlmkern": ours},
         flops=8 * rows * WIDTH,
         least_bytes=4 * rows * WIDTH * dtype.itemsize,
         weights=weights,
     )
 
 
-def block(dtype: torch.dtype, device: str) -> Case:
+def block(dtype: torch.dtype) -> Case:
     """One block of the tower, against transformers' own layer."""
-    config = VisionConfig()
-    ours = VisionBlock(config)
-    theirs = EagerBlock(ours, config).to(device, dtype).requires_grad_(False)
-    ours = ours.to(device, dtype).requires_grad_(False)
-    x = torch.randn(CROPS, TOKENS, WIDTH, dtype=dtype, device=device)
-    return Case(
-        "siglip block, 13 crops",
+    from vlmkern.models.jina_vlm.vision import VisionBlock
+
+    config = _vision_config()
+    with torch.device(DEVICE.name):
+        ours = VisionBlock(config)
+        theirs = _theirs(lambda: importlib.import_module("bench_siglip_block").Transformers(ours, config))
+    x = torch.randn(CROPS, TOKENS, WIDTH, dtype=dtype, device=DEVICE.name)
+    return _of_modules(
         [x],
-        {"transformers": theirs, "compile": compiled(theirs), "vlmkern": ours},
-        flops=_block_flops(config),
+        ours,
+        theirs,
+        ours,
+        dtype,
+        flops=_block_flops(),
         least_bytes=(2 * x.numel() + sum(p.numel() for p in ours.parameters())) * dtype.itemsize,
-        backward=False,
     )
 
 
-def vision_path(dtype: torch.dtype, device: str) -> Case:
-    """Crops to projected rows through four blocks and the connector, the same work in all providers."""
-    vision = make_vision()
-    theirs = EagerPath(vision).to(device, dtype).requires_grad_(False)
-    vision = vision.to(device, dtype).requires_grad_(False)
-    crops = torch.rand(CROPS, TOKENS, 588, device=device).to(dtype) * 2 - 1
-    mask = torch.ones(CROPS, TOKENS, device=device)
-    return Case(
-        "vision path, 13 crops, 4 blocks",
+def vision_path(layers: int, features: tuple[int, ...], dtype: torch.dtype) -> Case:
+    """Crops to projected rows through a tower and the connector, the same work in all providers."""
+    from bench_vision_path import EagerPath, make_vision
+
+    from vlmkern.models.jina_vlm.config import ConnectorConfig, JinaVLMConfig, TextConfig
+    from vlmkern.models.jina_vlm.vision import run_tower
+
+    config = JinaVLMConfig(
+        vision=_vision_config(num_layers=layers, feature_layers=features),
+        connector=ConnectorConfig(num_heads=HEADS, mlp_size=_size(6144, 40), output_size=OUT),
+        text=TextConfig(hidden_size=OUT),
+    )
+    with torch.device(DEVICE.name):
+        vision = make_vision(config)
+        theirs = _theirs(lambda: EagerPath(vision))
+    crops = torch.rand(CROPS, TOKENS, config.vision.patch_dim, device=DEVICE.name).to(dtype) * 2 - 1
+
+    def ours(crops: Tensor) -> Tensor:
+        return vision.vl_connector(run_tower(vision, crops), torch.ones(crops.shape[:2], device=DEVICE.name), None)
+
+    return _of_modules(
         [crops],
-        {
-            "transformers": theirs,
-            "compile": compiled(theirs),
-            "vlmkern": lambda crops: vision.vl_connector(run_tower(vision, crops), mask, None),
-        },
-        flops=4 * _block_flops(VisionConfig()),
+        vision,
+        theirs,
+        ours,
+        dtype,
+        flops=(max(config.vision.feature_slots) + 1) * _block_flops(),
         least_bytes=(crops.numel() + sum(p.numel() for p in vision.parameters())) * dtype.itemsize,
-        backward=False,
     )
 
 
-def compiled(function: Callable[..., Any] | nn.Module) -> Call:
+def _theirs(make: Callable[[], nn.Module]) -> nn.Module | None:
+    """transformers' modules on our weights, where it is installed."""
+    return make() if _is_there("transformers") else None
+
+
+def _of_modules(
+    inputs: list[Tensor],
+    module: nn.Module,
+    theirs: nn.Module | None,
+    ours: Provider,
+    dtype: torch.dtype,
+    *,
+    flops: float,
+    least_bytes: float,
+) -> Case:
+    """A case whose reference is `ours` on plain torch."""
+
+    def reference(*inputs: Tensor) -> Tensor:
+        with vlmkern.use_backend("reference"):
+            return ours(*inputs)
+
+    modules = [m.to(DEVICE.name, dtype).requires_grad_(False) for m in (module, theirs) if m is not None]
+    providers: dict[str, Provider] = {"vlmkern": ours}
+    if theirs is not None:
+        providers = {"transformers": theirs, "compile": compiled(theirs), **providers}
+    return Case(inputs, reference, providers, flops, least_bytes, modules=modules)
+
+
+def _vision_config(**changes: Any) -> Any:
+    from vlmkern.models.jina_vlm.config import VisionConfig
+
+    return VisionConfig(
+        hidden_size=WIDTH, num_heads=HEADS, mlp_size=HIDDEN, image_size=(GRID[0] * 14, GRID[1] * 14), **changes
+    )
+
+
+def _block_flops() -> float:
+    tokens = CROPS * TOKENS
+    return 2 * tokens * WIDTH * (4 * WIDTH + 2 * HIDDEN) + 4 * tokens * TOKENS * WIDTH
+
+
+def compiled(function: Callable[..., Any] | nn.Module) -> Provider:
     """torch.compile at its best, free of what earlier baselines left behind; compiled when first called."""
-    made: list[Call] = []
+    made: list[Provider] = []
 
     def call(*args: Tensor) -> Tensor:
         if not made:
             torch._dynamo.reset()
-            # without CUDA graphs of its own: all providers are timed in graphs
-            made.append(torch.compile(function, mode="max-autotune-no-cudagraphs", dynamic=False))
+            made.append(torch.compile(function, **DEVICE.compile_options))
         return made[0](*args)
 
     return call
-
-
-def _block_flops(config: VisionConfig) -> float:
-    tokens, width = CROPS * TOKENS, config.hidden_size
-    return 2 * tokens * width * (4 * width + 2 * config.mlp_size) + 4 * tokens * TOKENS * width

@@ -1,4 +1,4 @@
-"""Fixtures shared by the suite, and the `gpu` marker's skip."""
+"""Fixtures shared by the suite."""
 
 import os
 import shutil
@@ -11,15 +11,6 @@ from support import DATA
 settings.register_profile("quick", max_examples=40, deadline=None)
 settings.register_profile("thorough", max_examples=400, deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
-
-
-def pytest_collection_modifyitems(items):
-    if torch.cuda.is_available():
-        return
-    skip = pytest.mark.skip(reason="needs a CUDA device")
-    for item in items:
-        if "gpu" in item.keywords:
-            item.add_marker(skip)
 
 
 @pytest.fixture(autouse=True)

@@ -27,9 +27,10 @@ def op_backends(op: str) -> list:
     return params
 
 
-def low_precision_close(actual: Tensor, run: Callable[[torch.dtype], Tensor]) -> None:
+def low_precision_close(actual: Tensor, run: Callable[[torch.dtype], Tensor]) -> float:
     """The kernel's error against float64 is at most twice that of plain torch in the same dtype, plus two roundings of
-    the result's largest value; `run(dtype)` computes the reference in that dtype from the same rounded inputs."""
+    the result's largest value; `run(dtype)` computes the reference in that dtype from the same rounded inputs. Returns
+    the error as a share of that."""
     exact = run(torch.float64)
     torch_error = (run(actual.dtype).double() - exact).abs().max()
     rounding = torch.finfo(actual.dtype).eps / 2 * exact.abs().max()
@@ -38,6 +39,7 @@ def low_precision_close(actual: Tensor, run: Callable[[torch.dtype], Tensor]) ->
     assert error <= 2 * torch_error + 2 * rounding, (
         f"error {error:.3g}, torch {torch_error:.3g}, rounding {rounding:.3g}"
     )
+    return (error / (2 * torch_error + 2 * rounding).clamp_min(1e-300)).item()
 
 
 def load_arrays(name: str) -> dict[str, Tensor]:

@@ -1,66 +1,201 @@
-"""The GPU benchmark's own logic, on small CPU cases: results checked before they are timed, rows, the table."""
+"""The GPU benchmark's own logic, on small CPU cases: results checked before they are timed, rows, tables."""
 
 from __future__ import annotations
 
-import time
+import sys
 
-import gpu
 import gpu_cases
+import gpu_device
+import gpu_measure
+import gpu_summary
 import pytest
 import torch
 from rich.console import Console
 
+CEILINGS = {"matmul_tflops": 100.0, "copy_gb_per_s": 1000.0}
+
 
 @pytest.fixture(autouse=True)
 def on_cpu(monkeypatch):
-    def times(calls, rounds):
-        begin = time.perf_counter()
-        return {name: (call(), 1e3 * (time.perf_counter() - begin))[1] for name, call in calls.items()}
-
-    monkeypatch.setattr(gpu, "device_times", times)
-    monkeypatch.setattr(gpu, "peak_memory", lambda call: 1.0)
-    monkeypatch.setattr(gpu_cases, "compiled", lambda function: lambda *args: function(*args))
-    for name, value in {"CROPS": 1, "HEADS": 2, "TOKENS": 729}.items():
+    device = gpu_device.Rehearsal()
+    for module in (gpu_cases, gpu_measure):
+        monkeypatch.setattr(module, "DEVICE", device)
+    sizes = {"CROPS": 1, "HEADS": 2, "WIDTH": 48, "HIDDEN": 40, "OUT": 24, "GRID": (5, 5), "TOKENS": 25, "WINDOWS": 9}
+    for name, value in sizes.items():
         monkeypatch.setattr(gpu_cases, name, value)
 
 
-@pytest.mark.parametrize(
-    "make",
-    [
-        lambda: gpu_cases.attention(2, 50, 72, torch.bfloat16, "cpu"),
-        lambda: gpu_cases.attention_pool(2, 8, 8, torch.bfloat16, "cpu"),
-        lambda: gpu_cases.swiglu_mlp(3, torch.bfloat16, "cpu"),
-        lambda: gpu_cases.linear("gelu_tanh", False, torch.bfloat16, "cpu"),
-        lambda: gpu_cases.linear("none", True, torch.bfloat16, "cpu"),
-        # in bfloat16 torch sums the gradient by the bias in bfloat16 on CPUs
-        lambda: gpu_cases.add_layer_norm(torch.float32, "cpu"),
-    ],
-    ids=["attention", "attention_pool", "swiglu_mlp", "linear", "linear_residual", "add_layer_norm"],
-)
+CASES = {
+    "attention": lambda: gpu_cases.attention(2, 50, 72, torch.bfloat16),
+    "attention_pool": lambda: gpu_cases.attention_pool(2, 8, 8, torch.bfloat16),
+    "swiglu_mlp": lambda: gpu_cases.swiglu_mlp(3, torch.bfloat16),
+    "linear": lambda: gpu_cases.linear(48, 40, "gelu_tanh", torch.bfloat16),
+    "linear_residual": lambda: gpu_cases.linear(40, 48, "none", torch.bfloat16),
+    # in bfloat16 torch sums the gradient by the bias in bfloat16 on CPUs
+    "add_layer_norm": lambda: gpu_cases.add_layer_norm(torch.float32),
+}
+
+
+def measure(case, mode="fwd", **options):
+    return gpu_measure.measure(case, mode, rounds=1, ceilings=CEILINGS, **options)
+
+
 @pytest.mark.parametrize("mode", ["fwd", "bwd"])
-def test_rows(make, mode):
-    case = make()
-    rows = gpu.measure(case, mode, 1, {"matmul_tflops": 1.0})
+@pytest.mark.parametrize("name", CASES)
+def test_rows(name, mode):
+    case = CASES[name]()
+    rows = measure(case, mode)
     assert [row["provider"] for row in rows] == list(case.providers)
-    ours = next(row for row in rows if row["provider"] == "vlmkern")
-    assert ours["relative_error"] < 0.05 and ours["tflops"] > 0 and ours["x_best_other"] > 0
-    console = Console(width=150)
-    with console.capture() as printed:
-        console.print(gpu.table(case, mode, rows))
-    assert "vlmkern" in printed.get() and mode in printed.get()
+    ours = rows[-1]
+    assert ours["provider"] == "vlmkern" and ours["relative_error"] < 0.05 and ours["x_best_other"] > 0
+    flops = case.flops * (1 if mode == "fwd" else 2.5 if name == "attention" else 2)
+    assert ours["tflops"] == pytest.approx(flops / ours["ms"] / 1e9)
+    # the floor is the longer of two times, here of the bytes
+    assert ours["of_floor"] == pytest.approx(max(ours["tflops"] / 100, ours["gb_per_s"] / 1000))
+    assert gpu_summary.one_line("case", rows).startswith("case: us: ")
+
+
+def test_the_reference_is_of_the_same_values_in_float32():
+    case = CASES["swiglu_mlp"]()
+    (exact,) = gpu_measure.wide_result(case, "fwd")
+    assert exact.dtype == torch.float32 and all(weight.dtype == torch.bfloat16 for weight in case.weights)
+    x, (up, down) = case.inputs[0].double(), (weight.double() for weight in case.weights)
+    value, gate = (x @ up.T).chunk(2, -1)
+    torch.testing.assert_close(exact.double(), (gate.sigmoid() * gate * value) @ down.T, rtol=1e-4, atol=1e-5)
 
 
 def test_wrong_results_are_not_timed():
-    case = gpu_cases.swiglu_mlp(3, torch.bfloat16, "cpu")
+    case = CASES["swiglu_mlp"]()
     right = case.providers["vlmkern"]
     case.providers["vlmkern"] = lambda x: right(x) * 1.2
-    row = gpu.measure(case, "fwd", 1, {"matmul_tflops": 1.0})[-1]
-    assert "ms" not in row and row["unavailable"].startswith("wrong: relative error")
+    case.providers["nan"] = lambda x: right(x) * torch.nan
+    for row in measure(case)[-2:]:
+        assert "ms" not in row and row["unavailable"].startswith("wrong: relative error")
 
 
-def test_without_a_device(capsys, monkeypatch):
-    monkeypatch.setattr("sys.argv", ["gpu.py"])
-    if torch.cuda.is_available():
-        pytest.skip("there is one")
-    assert gpu.main() == 2
-    assert "needs a CUDA device" in capsys.readouterr().err
+def test_providers_that_fail_say_why_and_the_others_go_on():
+    case = CASES["swiglu_mlp"]()
+
+    def fails(x):
+        raise RuntimeError("no kernel\n  for this")
+
+    case.providers = {"fails": fails, **case.providers}
+    rows = measure(case)
+    assert rows[0] == {"provider": "fails", "unavailable": "RuntimeError: no kernel for this"}
+    assert all("ms" in row for row in rows[1:])
+
+
+def test_a_provider_that_breaks_the_device_ends_the_measurement(monkeypatch):
+    case, seen = CASES["swiglu_mlp"](), []
+
+    def breaks(x):
+        monkeypatch.setattr(gpu_measure.DEVICE, "alive", lambda: False)
+        raise RuntimeError("illegal memory access")
+
+    case.providers["breaks"] = breaks
+    with pytest.raises(gpu_measure.DeviceLost, match="breaks"):
+        measure(case, at=seen.append)
+    assert seen == [None, "eager", "compile", "vlmkern", "breaks"]
+
+
+def test_providers_are_left_out_by_choice_by_what_they_did_and_by_what_they_have():
+    case = CASES["attention"]()
+    case.providers["flash_attn_4"] = case.providers["eager"]
+    rows = {row["provider"]: row for row in measure(case, "bwd", names={"eager", "vlmkern", "flash_attn_4"})}
+    assert set(rows) == {"eager", "vlmkern", "flash_attn_4"} and rows["flash_attn_4"]["unavailable"] == "forward only"
+    rows = {row["provider"]: row for row in measure(case, lost={"eager"})}
+    assert "ended the process" in rows["eager"]["unavailable"] and "ms" in rows["flash_attn_4"]
+
+
+def forget(package):
+    for name in [name for name in sys.modules if name.startswith(package)]:
+        del sys.modules[name]
+
+
+@pytest.mark.parametrize(
+    "package, provider, outs",
+    [
+        ("flash_attn_interface", "flash_attn_3", 2),
+        ("flash_attn.cute", "flash_attn_4", 2),
+        ("flash_attn", "flash_attn_2", 1),
+    ],
+)
+def test_attention_of_libraries_that_are_there(tmp_path, monkeypatch, package, provider, outs):
+    """Stand-ins with the signatures of the real ones."""
+    file = tmp_path / package.replace(".", "/")
+    file.mkdir(parents=True)
+    for folder in {tmp_path / package.split(".")[0], file}:
+        (folder / "__init__.py").touch()
+    (tmp_path / "flash_attn_2_cuda.py").touch()
+    (file / "__init__.py").write_text(
+        "import torch.nn.functional as F\n"
+        "def flash_attn_func(q, k, v):\n"
+        "    out = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)\n"
+        f"    return {'out' if outs == 1 else '(out, None)'}\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    forget("flash_attn")
+    case = CASES["attention"]()
+    (row,) = measure(case, names={provider})
+    assert row["relative_error"] < 0.05
+    assert (provider in case.forward_only) == (provider == "flash_attn_4")
+
+
+def test_attention_of_transformer_engine(tmp_path, monkeypatch):
+    (tmp_path / "transformer_engine").mkdir()
+    (tmp_path / "transformer_engine" / "__init__.py").touch()
+    (tmp_path / "transformer_engine" / "pytorch.py").write_text(
+        "import torch.nn.functional as F\n"
+        "class DotProductAttention:\n"
+        "    def __init__(self, num_attention_heads, kv_channels, *, attention_dropout, qkv_format, attn_mask_type):\n"
+        "        assert (qkv_format, attn_mask_type, attention_dropout) == ('bshd', 'no_mask', 0.0)\n"
+        "        self.sizes = num_attention_heads, kv_channels\n"
+        "    def __call__(self, q, k, v):\n"
+        "        assert tuple(q.shape[2:]) == self.sizes and q.is_contiguous()\n"
+        "        q, k, v = (x.transpose(1, 2) for x in (q, k, v))\n"
+        "        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    forget("transformer_engine")
+    (row,) = measure(CASES["attention"](), names={"transformer_engine"})
+    assert row["relative_error"] < 0.05
+
+
+def test_each_sdpa_backend_is_forced():
+    rows = {row["provider"]: row for row in measure(CASES["attention"]())}
+    assert {"sdpa_cudnn", "sdpa_flash", "sdpa_efficient"} <= set(rows)
+    # which a CPU does not have
+    assert "No viable backend" in rows["sdpa_cudnn"]["unavailable"]
+
+
+def test_the_table_takes_each_ratio_from_one_run():
+    def rows(**times):
+        return [{"provider": p, "ms": ms, "of_floor": 0.5, "relative_error": 1e-3} for p, ms in times.items()]
+
+    found = {
+        "case fwd": {
+            "": rows(eager=0.4, vlmkern=0.2),
+            " tuned": rows(sdpa_cudnn=0.3, vlmkern=0.1),
+            " compiled": rows(compile=0.24, vlmkern=0.12),
+        },
+        "other fwd": {"": [{"provider": "vlmkern", "unavailable": "wrong: relative error 1"}]},
+    }
+    console = Console(width=150)
+    with console.capture() as printed:
+        console.print(gpu_summary.cases_table(found))
+    case, other = [line for line in printed.get().splitlines() if " fwd " in line]
+    cells = [cell.strip() for cell in case.strip("│").split("│")]
+    assert cells == [
+        "case fwd",
+        "50.0",
+        "200.0",
+        "100.0",
+        "50%",
+        "sdpa_cudnn",
+        "300.0",
+        "3.00",
+        "240.0",
+        "2.00",
+        "1e-03",
+    ]
+    assert "wrong: relative error 1" in other

@@ -1,0 +1,248 @@
+"""The process that does a step of bench/gpu.py: python bench/gpu_worker.py STEP OUT UNTIL OF.
+
+It writes each result to the step's file at once, and does what the file does not have yet. It ends with status 0 where
+nothing is left that it can do before the time UNTIL, in seconds since the epoch; else it is started again.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "bench"), str(ROOT / "tests")]
+
+from gpu_ledger import Ledger  # noqa: E402
+from gpu_steps import by_name  # noqa: E402
+
+# what tuning is worth its time for, and how many of its candidates a rehearsal takes
+TUNED = (
+    ("attention_fwd_kernel", {"head_dim": 72}),
+    ("attention_bwd_dkv_kernel", {"head_dim": 72}),
+    ("attention_bwd_dq_kernel", {"head_dim": 72}),
+    ("attention_pool_fwd_kernel", None),
+    ("attention_pool_fwd_slots_kernel", None),
+    ("attention_pool_fwd_absorbed_kernel", None),
+    ("swiglu_mlp_fwd_kernel", None),
+    ("silu_mul_fwd_kernel", None),
+    ("swiglu_mlp_bwd_kernel", None),
+    ("attention_pool_bwd_kernel", None),
+    ("attention_pool_bwd_scatter_kernel", None),
+)
+REHEARSED = (("silu_mul_fwd_kernel", {"rows": 16}),)
+ROUNDS = 20
+# the status of a process whose device is lost
+LOST = 3
+
+
+class Work:
+    """A step in progress."""
+
+    def __init__(self, name: str, out: Path, until: float, of: str) -> None:
+        (self.step,) = by_name(name)
+        self.out, self.until, self.of = out, until, of
+
+    @property
+    def over(self) -> bool:
+        """Whether nothing new is to be begun."""
+        return time.time() > self.until
+
+    def ledger(self) -> Ledger:
+        """The step's file."""
+        return Ledger(self.out / self.step.file, self.of)
+
+    def run(self) -> int:
+        """Does the step; returns the exit status."""
+        return {
+            "machine": self.machine,
+            "numerics": self.numerics,
+            "bench": self.bench,
+            "tune": lambda: self.tune(rest=False),
+            "blocks": self.blocks,
+            "compile": self.compile,
+            "rest": lambda: self.tune(rest=True),
+        }[self.step.name]()
+
+    def machine(self) -> int:
+        """Ceilings and versions, and the kernels as compiled, which later launches find in Triton's cache."""
+        import gpu_device
+
+        ledger = self.ledger()
+        ledger.announce(["machine", "kernels"])
+        device = gpu_device.current()
+        if not ledger.settled("machine"):
+            ledger.begin("machine")
+            device.prepare()
+            ledger.end("machine", **describe(device), **device.ceilings())
+        if not ledger.settled("kernels"):
+            from vlmkern import aot
+
+            ledger.begin("kernels")
+            begin = time.monotonic()
+            arch = table_arch(device)
+            rows = aot.report(aot.jobs((arch,), REHEARSED[0][0] if device.rehearsal else None))
+            (self.out / "kernels.json").write_text(json.dumps(rows), encoding="utf-8")
+            ledger.end("kernels", count=len(rows), seconds=round(time.monotonic() - begin, 1))
+        print_line(f"ceilings: {ledger.results['machine']}")
+        return 0
+
+    def numerics(self) -> int:
+        """tests/gpu, those of the dtype that is used most first."""
+        import pytest
+        from gpu_pytest import Recorder
+
+        recorder = Recorder(self.ledger(), self.until)
+        os.chdir(ROOT)
+        status = pytest.main(
+            ["tests/gpu", "-q", "-p", "no:cacheprovider", "--confcutdir=tests/gpu", f"--rootdir={ROOT}", "--tb=short"],
+            plugins=[recorder],
+        )
+        if recorder.lost:
+            return LOST
+        # files that could not be imported are no tests that failed
+        return status if status in (pytest.ExitCode.INTERRUPTED, pytest.ExitCode.INTERNAL_ERROR) else 0
+
+    def bench(self) -> int:
+        """All ops, by all providers that need no compilation of minutes."""
+        import gpu_cases
+
+        return self.cases(gpu_cases.op_entries(), without={"compile"})
+
+    def blocks(self) -> int:
+        """Parts of the model; then, if there are tuned tables, the ops again."""
+        import gpu_cases
+
+        status = self.cases(gpu_cases.block_entries(), without={"compile"})
+        if status or "VLMKERN_TABLES" not in os.environ:
+            return status
+        return self.cases(gpu_cases.op_entries(), without={"compile", "eager"}, label=" tuned")
+
+    def compile(self) -> int:
+        """What torch.compile has a form of, by it and by us."""
+        import gpu_cases
+
+        entries = [entry for entry in (*gpu_cases.op_entries(), *gpu_cases.block_entries()) if entry.compiled]
+        return self.cases(entries, only={"compile", "vlmkern"}, label=" compiled")
+
+    def cases(
+        self, entries: list[Any], only: set[str] | None = None, without: set[str] | None = None, label: str = ""
+    ) -> int:
+        """Measures entries of gpu_cases whose units are not in the ledger under their names with `label`."""
+        import gpu_cases
+        import gpu_measure
+        import gpu_summary
+        import torch
+
+        device = gpu_cases.DEVICE
+        device.prepare()
+        ledger = self.ledger()
+        ceilings = ledger.results.get("machine")
+        if ceilings is None or "failed" in ceilings:
+            # the step before was left out
+            ceilings = describe(device) | device.ceilings()
+            ledger.end("machine", **ceilings)
+        ledger.announce([unit + label for entry in entries for unit in entry.units])
+        for entry in entries:
+            for mode, unit in zip(entry.modes, (unit + label for unit in entry.units), strict=True):
+                if ledger.settled(unit):
+                    continue
+                if self.over:
+                    return 0
+                ledger.begin(unit)
+                torch.manual_seed(0)
+                try:
+                    with device.backend():
+                        case = entry.make()
+                        names = set(case.providers) - (without or set()) & set(case.providers)
+                        rows = gpu_measure.measure(
+                            case,
+                            mode,
+                            rounds=ROUNDS,
+                            ceilings=ceilings,
+                            names=names if only is None else names & only,
+                            lost=ledger.lost.get(unit, ()),
+                            at=lambda part, unit=unit: ledger.at(unit, part),
+                        )
+                except gpu_measure.DeviceLost as error:
+                    print_line(f"{unit}: {error}: begun again without it")
+                    return LOST
+                except Exception as error:
+                    if not device.alive():
+                        ledger.end(unit, failed=gpu_measure.one_line(error))
+                        return LOST
+                    ledger.end(unit, failed=gpu_measure.one_line(error))
+                    print_line(f"{unit}: {gpu_measure.one_line(error)}")
+                    continue
+                ledger.end(unit, rows=rows, tables="tuned" if "VLMKERN_TABLES" in os.environ else "shipped")
+                print_line(gpu_summary.one_line(unit, rows))
+                case = None
+        return 0
+
+    def tune(self, *, rest: bool) -> int:
+        """The tables of `TUNED`, or of all kernels, into `OUT/tuning.jsonl`."""
+        import gpu_device
+
+        from vlmkern import tune
+
+        device = gpu_device.current()
+        device.prepare()
+        arch = table_arch(device)
+        if device.rehearsal:
+            chosen = [(*REHEARSED[0], 32 if rest else 16)]
+        elif rest:
+            chosen = [(None, None, 16), (None, None, 32)]
+        else:
+            chosen = [(name, shape, 16) for name, shape in TUNED]
+        problems = [p for name, shape, bits in chosen for p in tune.problems(arch, name and [name], [bits], shape)]
+        tune.tune(
+            problems,
+            arch,
+            "a rehearsal" if device.rehearsal else tune.source(),
+            log=self.out / self.step.file,
+            device="meta" if device.rehearsal else "cuda",
+            measure=device.measure,
+            seconds=max(0.0, self.until - time.time()),
+        )
+        return 0
+
+
+def table_arch(device: Any) -> int:
+    """Which tables kernels read on the device."""
+    from vlmkern.kernels import _launch
+
+    return 90 if device.rehearsal else _launch.table_arch(0)
+
+
+def describe(device: Any) -> dict[str, Any]:
+    """The machine that results are from."""
+    import platform
+    from datetime import date
+
+    import torch
+
+    import vlmkern
+
+    return device.describe() | {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": vlmkern.backends()["triton"]["version"],
+        "vlmkern": vlmkern.__version__,
+        "extension": importlib.util.find_spec("vlmkern._C") is not None,
+        "cores": os.cpu_count(),
+        "date": str(date.today()),
+    }
+
+
+def print_line(text: str) -> None:
+    """At once, as another process reads it."""
+    print(text, flush=True)
+
+
+if __name__ == "__main__":
+    name, out, until, of = sys.argv[1:]
+    sys.exit(Work(name, Path(out), float(until), of).run())
