@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
+import operator
+import re
 import sys
+from functools import partial
 
 import gpu_cases
 import gpu_device
@@ -20,7 +25,7 @@ def on_cpu(monkeypatch):
     device = gpu_device.Rehearsal()
     for module in (gpu_cases, gpu_measure):
         monkeypatch.setattr(module, "DEVICE", device)
-    sizes = {"CROPS": 1, "HEADS": 2, "WIDTH": 48, "HIDDEN": 40, "OUT": 24, "GRID": (5, 5), "TOKENS": 25, "WINDOWS": 9}
+    sizes = {"CROPS": 1, "HEADS": 2, "WIDTH": 144, "HIDDEN": 40, "OUT": 24, "GRID": (5, 5), "TOKENS": 25, "WINDOWS": 9}
     for name, value in sizes.items():
         monkeypatch.setattr(gpu_cases, name, value)
 
@@ -29,8 +34,8 @@ CASES = {
     "attention": lambda: gpu_cases.attention(2, 50, 72, torch.bfloat16),
     "attention_pool": lambda: gpu_cases.attention_pool(2, 8, 8, torch.bfloat16),
     "swiglu_mlp": lambda: gpu_cases.swiglu_mlp(3, torch.bfloat16),
-    "linear": lambda: gpu_cases.linear(48, 40, "gelu_tanh", torch.bfloat16),
-    "linear_residual": lambda: gpu_cases.linear(40, 48, "none", torch.bfloat16),
+    "linear": lambda: gpu_cases.linear(144, 40, "gelu_tanh", torch.bfloat16),
+    "linear_residual": lambda: gpu_cases.linear(40, 144, "none", torch.bfloat16),
     # in bfloat16 torch sums the gradient by the bias in bfloat16 on CPUs
     "add_layer_norm": lambda: gpu_cases.add_layer_norm(torch.float32),
 }
@@ -53,6 +58,30 @@ def test_rows(name, mode):
     # the floor is the longer of two times, here of the bytes
     assert ours["of_floor"] == pytest.approx(max(ours["tflops"] / 100, ours["gb_per_s"] / 1000))
     assert gpu_summary.one_line("case", rows).startswith("case: us: ")
+
+
+@pytest.mark.parametrize("make", [gpu_cases.block, partial(gpu_cases.vision_path, 4, (-4, -3))], ids=["block", "path"])
+@pytest.mark.parametrize("theirs", [True, False])
+def test_parts_of_the_model_with_and_without_transformers(make, theirs, monkeypatch):
+    if theirs:
+        pytest.importorskip("transformers")
+    monkeypatch.setattr(gpu_cases, "_is_there", lambda module: theirs and module == "transformers")
+    rows = measure(make(torch.float32))
+    assert [row["provider"] for row in rows] == (["transformers", "compile"] if theirs else []) + ["vlmkern"]
+    assert all(row["relative_error"] < 1e-4 for row in rows)
+
+
+def test_torch_has_all_that_a_card_is_asked():
+    """What a rehearsal cannot go through, as far as names go."""
+    tree = ast.parse(inspect.getsource(gpu_device.Cuda))
+    names = {ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    asked = {name for name in names if re.fullmatch(r"torch(\.\w+)+", name)}
+    assert len(asked) > 15
+    for name in asked:
+        operator.attrgetter(name.removeprefix("torch."))(torch)
+    # and a rehearsal answers all that a card does
+    for name in vars(gpu_device.Cuda):
+        assert name in vars(gpu_device.Rehearsal) or name in ("captured",), name
 
 
 def test_the_reference_is_of_the_same_values_in_float32():
