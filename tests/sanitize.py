@@ -66,7 +66,7 @@ def run_tests(extension: str) -> int:
 
     import vlmkern
 
-    assert vlmkern.native.extension() is module
+    assert vlmkern.dispatch.extension.extension() is module
 
     folder = Path(__file__).parent
     files = [str(folder / f"test_{name}.py") for name in TESTS]

@@ -416,7 +416,7 @@ class TestGradientNumbers:
 
     def test_a_few_heads_at_a_time(self, backend, monkeypatch):
         if backend == "native":
-            monkeypatch.setattr("vlmkern.native.attention_pool._VECTORS", 3 * 2 * 6 * 12 * 4)
+            monkeypatch.setattr("vlmkern.ops.attention_pool.native._VECTORS", 3 * 2 * 6 * 12 * 4)
         self.check(backend, torch.randn(2, 1, 15, 6), Weights.make(12, 8, 3, 4, 10), None, (3, 5))
 
     @pytest.mark.parametrize("dtype", LOW_PRECISION)
@@ -569,7 +569,7 @@ class TestNativeArguments:
 
         def make(dtype=0, features=((64, 90, 6),), tiles=2, channels=6, grid=(3, 5), window=(2, 2), windows=12, **more):
             pointers = {"pad": 0, "pad_embed": 0, "keep": 0} | more
-            return vlmkern.native.extension().AttentionPool(
+            return vlmkern.dispatch.extension.extension().AttentionPool(
                 dtype, list(features), tiles, channels, grid, window, windows=windows, **pointers
             )
 
@@ -629,7 +629,7 @@ class TestNativeArguments:
         for index, value in changes.items():
             arguments[index] = value
         with pytest.raises(ValueError, match=message):
-            vlmkern.native.extension().attention_pool_slots_bwd(*arguments)
+            vlmkern.dispatch.extension.extension().attention_pool_slots_bwd(*arguments)
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
     def test_gradients_write_only_their_outputs(self, make, dtype):
@@ -638,8 +638,8 @@ class TestNativeArguments:
         for row in (*buffer, d_x):
             row[32:-32] = torch.randn(len(row) - 64)
         pointers = [row[32:].data_ptr() for row in buffer]
-        vlmkern.native.extension().attention_pool_slots_bwd(
-            vlmkern.native.dtype_code(dtype),
+        vlmkern.dispatch.extension.extension().attention_pool_slots_bwd(
+            vlmkern.dispatch.extension.dtype_code(dtype),
             x.data_ptr(),
             [pointers[:2], pointers[2:]],
             d_x[32:].data_ptr(),

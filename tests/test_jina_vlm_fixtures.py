@@ -10,7 +10,7 @@ from vlmkern import use_backend
 from vlmkern.models.jina_vlm import JinaVLM
 from vlmkern.models.jina_vlm.decoder import token_positions
 from vlmkern.ops import _windows as pooling
-from vlmkern.reference import attention_pool as reference
+from vlmkern.ops.attention_pool import reference
 
 
 @pytest.fixture(scope="module")

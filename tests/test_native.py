@@ -16,7 +16,7 @@ pytestmark = pytest.mark.skipif(not report["available"], reason=report.get("reas
 
 CHECK_ISA = """
 import torch, vlmkern
-from vlmkern.native.swiglu_mlp import silu_mul, silu_mul_bwd
+from native_calls import silu_mul, silu_mul_bwd
 def plain(up):
     value, gate = up.chunk(2, dim=-1)
     return torch.nn.functional.silu(gate) * value
@@ -45,9 +45,9 @@ for dtype, rtol in ((torch.float32, 2e-6), (torch.bfloat16, 2**-7), (torch.float
         up = torch.cat([values, torch.full_like(values, 64.0)], 1)
         torch.testing.assert_close(silu_mul(up), plain(up), rtol=0, atol=0, equal_nan=True)
 
-from vlmkern.native.attention import attention, attention_bwd
-from vlmkern.native.linear import linear
-from vlmkern.reference import attention as reference_attention
+from native_calls import attention, attention_bwd
+from native_calls import linear
+import reference_calls as reference_attention
 for dtype, limit in ((torch.float32, 2e-6), (torch.bfloat16, 2e-2), (torch.float16, 3e-3)):
     for tokens, dim in ((1, 1), (7, 8), (50, 72), (300, 80), (17, 33)):
         q, k, v = torch.randn(2, tokens, 3, 2, dim).to(dtype).unbind(2)
@@ -63,8 +63,8 @@ for dtype, limit in ((torch.float32, 2e-6), (torch.bfloat16, 2e-2), (torch.float
             bwd(*inputs, exact, exact_lse, dim**-0.5, None, None),
         ):
             torch.testing.assert_close(actual.double(), expected, rtol=2 * limit, atol=2 * limit)
-    from vlmkern.native.attention_pool import attention_pool_bwd
-    from vlmkern.reference import attention_pool as reference_pool
+    from native_calls import attention_pool_bwd
+    import reference_calls as reference_pool
     tensors = [torch.randn(1, 15, 9), torch.randn(6, 9) / 3, torch.randn(14, 9) / 3, torch.randn(4, 8) / 3]
     f, w_q, w_kv, w_o = (t.to(dtype) for t in tensors)
     grad = torch.randn(1, 4, 4).to(dtype)
@@ -97,7 +97,7 @@ def test_isa_that_is_not_there():
 
 
 def test_row_stride():
-    from vlmkern.native.swiglu_mlp import silu_mul
+    from native_calls import silu_mul
 
     wide = torch.randn(9, 50)
     up = wide[:, 3:37]
@@ -106,7 +106,7 @@ def test_row_stride():
 
 
 def test_threads_change_no_bit():
-    from vlmkern.native.swiglu_mlp import silu_mul
+    from native_calls import silu_mul
 
     up = torch.randn(333, 2 * 997)
     threads = torch.get_num_threads()
@@ -121,7 +121,7 @@ def test_threads_change_no_bit():
 
 
 def test_concurrent_calls():
-    from vlmkern.native.swiglu_mlp import silu_mul
+    from native_calls import silu_mul
 
     inputs = [torch.randn(64, 2 * 513) for _ in range(16)]
     with ThreadPoolExecutor(4) as pool:
@@ -132,7 +132,7 @@ def test_concurrent_calls():
 
 def test_writes_only_its_output():
     """Guards of NaN around the output stay."""
-    extension = vlmkern.native.extension()
+    extension = vlmkern.dispatch.extension.extension()
     up = torch.randn(3, 2 * 13)
     buffer = torch.full((3 * 13 + 32,), torch.nan)
     out = buffer[16:-16]
@@ -154,7 +154,7 @@ def test_writes_only_its_output():
 )
 def test_refuses_arguments_that_describe_no_memory(arguments, message):
     with pytest.raises(ValueError, match=message):
-        vlmkern.native.extension().silu_mul_fwd(*arguments)
+        vlmkern.dispatch.extension.extension().silu_mul_fwd(*arguments)
 
 
 S = (2 * 24, 24, 8)  # strides of a dense [1, 2, 3, 8]
@@ -174,7 +174,7 @@ S = (2 * 24, 24, 8)  # strides of a dense [1, 2, 3, 8]
 )
 def test_attention_refuses_arguments_that_describe_no_memory(arguments, message):
     with pytest.raises(ValueError, match=message):
-        vlmkern.native.extension().attention_fwd(*arguments)
+        vlmkern.dispatch.extension.extension().attention_fwd(*arguments)
 
 
 @pytest.mark.parametrize("bounds", [[0, 3], [1, 2], [0, 5, 2], [0, -1, 2]])
@@ -182,9 +182,9 @@ def test_attention_refuses_bounds_outside_the_tokens(bounds):
     cu_seqlens = torch.tensor(bounds, dtype=torch.int32)
     sizes = (1, 2, 3, 8, cu_seqlens.data_ptr(), len(bounds) - 1, 1.0, 1)
     with pytest.raises(ValueError, match="cu_seqlens"):
-        vlmkern.native.extension().attention_fwd(0, 64, 64, 64, S, S, S, 64, 64, *sizes)
+        vlmkern.dispatch.extension.extension().attention_fwd(0, 64, 64, 64, S, S, S, 64, 64, *sizes)
     with pytest.raises(ValueError, match="cu_seqlens"):
-        vlmkern.native.extension().attention_bwd(0, *[64] * 5, *[S] * 5, *[64] * 4, *sizes)
+        vlmkern.dispatch.extension.extension().attention_bwd(0, *[64] * 5, *[S] * 5, *[64] * 4, *sizes)
 
 
 @pytest.mark.parametrize(
@@ -205,22 +205,22 @@ def test_attention_bwd_refuses_arguments_that_describe_no_memory(changes, messag
     for index, value in changes.items():
         arguments[index] = value
     with pytest.raises(ValueError, match=message):
-        vlmkern.native.extension().attention_bwd(*arguments)
+        vlmkern.dispatch.extension.extension().attention_bwd(*arguments)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("tokens, dim", [(1, 1), (19, 33), (145, 72)])
 def test_attention_bwd_writes_only_its_outputs(dtype, tokens, dim):
     """Guards of NaN around the three outputs stay, and every element between them is written."""
-    from vlmkern.native.attention import attention
+    from native_calls import attention
 
     q, k, v, grad = torch.randn(4, 1, tokens, 3, dim).to(dtype).unbind(0)
     out, lse = attention(q, k, v, 1.0, None, None)
     buffer = torch.full((3, q.numel() + 64), torch.nan, dtype=dtype)
     grads = [row[32:-32].data_ptr() for row in buffer]
     inputs = (grad, q, k, v, out)
-    vlmkern.native.extension().attention_bwd(
-        vlmkern.native.dtype_code(dtype),
+    vlmkern.dispatch.extension.extension().attention_bwd(
+        vlmkern.dispatch.extension.dtype_code(dtype),
         *(t.data_ptr() for t in inputs),
         *(t.stride()[:3] for t in inputs),
         lse.data_ptr(),
@@ -247,7 +247,7 @@ def test_attention_bwd_writes_only_its_outputs(dtype, tokens, dim):
 )
 def test_linear_refuses_arguments_that_describe_no_memory(arguments, message):
     with pytest.raises(ValueError, match=message):
-        vlmkern.native.extension().linear_few_rows(*arguments)
+        vlmkern.dispatch.extension.extension().linear_few_rows(*arguments)
 
 
 def attention_with_gradient(qkv):
@@ -276,7 +276,7 @@ def test_attention_pool_gradient_threads_change_no_bit():
     for threads in (1, 2, 5):
         pair, d_x = vectors.clone(), torch.zeros(200, 4, 96)
         pointers = [[t.data_ptr() for t in head] for head in pair]
-        vlmkern.native.extension().attention_pool_slots_bwd(
+        vlmkern.dispatch.extension.extension().attention_pool_slots_bwd(
             0, features.data_ptr(), pointers, d_x.data_ptr(), 200, 4, 96, 0.1, threads
         )
         results.append((pair, d_x))
@@ -292,7 +292,7 @@ def test_concurrent_attention():
 
 
 def test_empty_touches_nothing():
-    extension = vlmkern.native.extension()
+    extension = vlmkern.dispatch.extension.extension()
     extension.silu_mul_fwd(0, 0, 26, 0, 0, 13, 1)
     extension.silu_mul_fwd(0, 0, 0, 0, 5, 0, 1)
     assert sys.modules["vlmkern._C"] is extension

@@ -31,7 +31,7 @@ def check(isa: str, code: str) -> None:
 SHARED = """
 import itertools
 import torch
-from vlmkern.native.attention import attention
+from native_calls import attention
 
 torch.manual_seed(0)
 inf, nan = float("inf"), float("nan")
@@ -161,7 +161,7 @@ def test_attention_gradients_of_large_scores(isa):
     check(
         isa,
         """
-from vlmkern.native.attention import attention_bwd
+from native_calls import attention_bwd
 
 for dtype, tokens in itertools.product(LIMITS, (5, 150)):
     for base, times in ((0, 0), (4, 0), (8, 0), (11, 1), (3, 24)):
@@ -200,7 +200,7 @@ def test_attention_gradients_of_one_key_alone(isa):
     check(
         isa,
         """
-from vlmkern.native.attention import attention_bwd
+from native_calls import attention_bwd
 
 for dtype in LIMITS:
     q, k = torch.eye(48) * 2.0**10, torch.eye(48) * 2.0**5
@@ -218,7 +218,7 @@ def test_attention_gradients_of_infinite_scores(isa):
     check(
         isa,
         """
-from vlmkern.native.attention import attention_bwd
+from native_calls import attention_bwd
 
 for dtype, tokens, scale in itertools.product(LIMITS, (40, 200), (0.5, -0.5)):
     grad, q, k, v = (whole(tokens, 9) for _ in range(4))
@@ -248,7 +248,7 @@ def test_attention_of_sizes_at_the_ends(isa):
         isa,
         FORWARD
         + """
-from vlmkern.native.attention import attention_bwd
+from native_calls import attention_bwd
 
 for dtype, tokens, dim in itertools.product(LIMITS, (1, 2, 17, 97), (1, 2, 256, 301)):
     q, k, v, grad = torch.randn(4, tokens, dim)
@@ -269,7 +269,7 @@ for dtype, tokens, dim in itertools.product(LIMITS, (1, 2, 17, 97), (1, 2, 256, 
 
 
 POOL = """
-from vlmkern.native import dtype_code, extension
+from vlmkern.dispatch.extension import dtype_code, extension
 
 
 def pool(features, q, w_k, w_v, heads, scale):

@@ -14,10 +14,10 @@ pytestmark = pytest.mark.skipif(not report["available"], reason=report.get("reas
 OPS = """
 import os, signal, sys, threading, time
 import torch
-from vlmkern.native.attention import attention, attention_bwd
-from vlmkern.native.attention_pool import attention_pool
-from vlmkern.native.linear import linear
-from vlmkern.native.swiglu_mlp import silu_mul, silu_mul_bwd
+from native_calls import attention, attention_bwd
+from native_calls import attention_pool
+from native_calls import linear
+from native_calls import silu_mul, silu_mul_bwd
 
 torch.set_num_threads(2)
 torch.manual_seed(0)

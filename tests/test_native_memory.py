@@ -99,7 +99,7 @@ NAMES = (
 @pytest.mark.parametrize("name", NAMES)
 def test_memory_that_ends_too_early(name):
     """One element less than a tensor's sizes and strides reach is refused, by its name, and nothing is written."""
-    from vlmkern.native.memory import extents
+    from vlmkern.dispatch.extension import extents
 
     call, tensors = calls()[name]
     given = extents(*tensors.values())
@@ -133,8 +133,7 @@ def test_more_threads_than_there_is_work(name):
 
 def test_tensors_shorter_than_the_first():
     """The functions of vlmkern.native trust their callers with shapes; the extension does not."""
-    from vlmkern.native.attention import attention, attention_bwd
-    from vlmkern.native.attention_pool import attention_pool
+    from native_calls import attention, attention_bwd, attention_pool
 
     q, short = torch.randn(1, 40, 2, 8), torch.randn(1, 30, 2, 8)
     with pytest.raises(ValueError, match="k: got memory of 480 elements, expected 640"):
@@ -195,10 +194,7 @@ def test_strides_of_single_entries_are_never_followed():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_tensors_at_odd_addresses(dtype):
     """Memory of other programs need not be aligned: the results are those of aligned copies."""
-    from vlmkern.native.attention import attention, attention_bwd
-    from vlmkern.native.attention_pool import attention_pool
-    from vlmkern.native.linear import linear
-    from vlmkern.native.swiglu_mlp import silu_mul
+    from native_calls import attention, attention_bwd, attention_pool, linear, silu_mul
 
     def odd(t):
         memory = torch.frombuffer(bytearray(t.nbytes + 16), dtype=torch.uint8)

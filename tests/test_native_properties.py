@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 
+import native_calls as native
 import pytest
 import torch
 from hypothesis import assume, given
@@ -14,7 +15,6 @@ from hypothesis import strategies as st
 
 import vlmkern
 from vlmkern import ops
-from vlmkern.native import attention as native
 from vlmkern.ops._algebra import ACTIVATIONS
 from vlmkern.packing import onednn_has
 

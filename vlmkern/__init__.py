@@ -7,8 +7,8 @@ a GPU driver.
 
 __version__ = "0.1.0"
 
-from . import layers, native, ops
-from ._backends import BackendUnavailable, backends, use_backend
+from . import layers, ops
+from .dispatch import BackendUnavailable, backends, explain, extension, use_backend
 from .packing import PackReport, pack, unpack
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "PackReport",
     "__version__",
     "backends",
+    "explain",
     "layers",
     "ops",
     "pack",
@@ -23,4 +24,4 @@ __all__ = [
     "use_backend",
 ]
 
-native.load()
+extension.load()

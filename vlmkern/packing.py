@@ -7,7 +7,6 @@ place of four for one-head attention pooling, at the price of the memory that `p
 
 from __future__ import annotations
 
-import functools
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -17,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.weak import WeakTensorKeyDictionary
+
+from .dispatch.targets import onednn_has
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -161,14 +162,6 @@ def _release(model: nn.Module) -> dict[str, int]:
             layer.weight = nn.Parameter(torch.ops.mkldnn._reorder_linear_weight(weight.detach()), requires_grad=False)
             released[".".join(part for part in (prefix, name, "weight") if part)] = weight.nbytes
     return released
-
-
-@functools.cache
-def onednn_has(dtype: torch.dtype) -> bool:
-    """Whether oneDNN multiplies matrices of the dtype on this CPU, as far as it may use it (ONEDNN_MAX_CPU_ISA)."""
-    if not torch.backends.mkldnn.is_available():
-        return False
-    return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def _state(weight: Tensor) -> tuple[Any, ...]:

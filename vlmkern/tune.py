@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ._backends import BackendUnavailable
 from .aot import MODULES
+from .dispatch import BackendUnavailable
 from .kernels import _launch
 from .kernels._launch import Config, Kernel, Launch
 

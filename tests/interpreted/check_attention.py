@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 
 import pytest
+import reference_calls as reference
 import torch
 from strided import apart
 from support import LOW_PRECISION, low_precision_close
@@ -14,7 +15,6 @@ from vlmkern import ops
 from vlmkern.kernels import _launch
 from vlmkern.kernels import attention as kernels
 from vlmkern.kernels import attention_bwd as kernels_bwd
-from vlmkern.reference import attention as reference
 
 SMALL = {"BLOCK_M": 16, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1}
 VARIANTS = {"pointers": SMALL | {"TMA": False}, "descriptors": SMALL | {"TMA": True}}

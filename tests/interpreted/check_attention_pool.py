@@ -9,8 +9,9 @@ from support import LOW_PRECISION, low_precision_close
 
 import vlmkern
 from vlmkern import ops
-from vlmkern.gpu import attention_pool as gpu
 from vlmkern.kernels import _launch
+from vlmkern.ops.attention_pool import triton as gpu
+from vlmkern.ops.attention_pool.problem import AttentionPool
 
 
 @pytest.fixture(autouse=True)
@@ -184,7 +185,7 @@ def test_strides(form, views):
 def test_windows_of_no_tile_are_zeros(form):
     problem = Problem(tiles=0)
     arguments = (problem.features, *problem.weights, [3, 5], 2, [2, 2], None, None, torch.tensor([4, 0]))
-    assert not gpu.attention_pool(*arguments).any()
+    assert not gpu.attention_pool(AttentionPool(*arguments)).any()
 
 
 @pytest.mark.parametrize("options", [{"tiles": 0}, {"keep": []}])
@@ -200,7 +201,7 @@ def test_indices_that_were_not_checked_reach_nothing_outside(form):
     expected = problem.run()
     problem.keep = torch.tensor([-5, 2**40])
     arguments = (problem.features, *problem.weights, [3, 5], 2, [2, 2], None, None, problem.keep)
-    torch.testing.assert_close(gpu.attention_pool(*arguments), expected)
+    torch.testing.assert_close(gpu.attention_pool(AttentionPool(*arguments)), expected)
 
 
 def test_not_finite_as_the_reference(form):

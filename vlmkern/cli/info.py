@@ -32,7 +32,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 def _print(report: dict[str, Any]) -> None:
     console = Console()
     table = Table("backend", "available", "kernels", "details", title="Backends", title_justify="left")
-    for name in ("reference", "native", "triton", "cuda"):
+    for name in ("reference", "native", "triton"):
         entry = report[name]
         kernels = ", ".join(op for op in entry["ops"] if not op.endswith("_bwd")) or "none"
         table.add_row(name, "yes" if entry["available"] else "no", kernels, _details(name, entry))
@@ -50,8 +50,6 @@ def _details(name: str, entry: dict[str, Any]) -> str:
         parts.append(f"{entry['isa']} in use; usable: {', '.join(entry['isas'])}; {entry['threads']} threads")
     if name == "triton" and entry["interpreter"]:
         parts.append("interpreted on CPU")
-    if name == "cuda":
-        parts.append("; ".join(entry.get("devices", [])) or "compiled" if entry["compiled"] else "not compiled")
     return "; ".join(parts) or "plain torch, any device"
 
 

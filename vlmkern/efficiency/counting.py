@@ -16,11 +16,15 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from .._ops import ops
+from ..dispatch.providers import Op, known
 from ..models.jina_vlm import JinaVLM, JinaVLMConfig
 from ..models.jina_vlm.cache import KVCache
 from ..models.jina_vlm.tiling import TilePlan
 from ..models.jina_vlm.vision import run_tower
-from ..ops._windows import windows_per_tile
+from ..ops.attention import flops as attention
+from ..ops.attention_pool import flops as attention_pool
+from ..ops.linear import flops as linear
+from ..ops.swiglu_mlp import flops as swiglu_mlp
 from .formulas import most_square_grid
 
 _LARGE_CACHE = 2**32
@@ -42,23 +46,17 @@ def register_formulas() -> None:
     """Tells torch.utils.flop_counter what vlmkern's ops cost, for any FlopCounterMode from then on."""
     from torch.utils.flop_counter import register_flop_formula
 
-    for op, formula in (
-        (ops.attention, _attention),
-        (ops.attention_bwd, _attention_bwd),
-        (ops.attention_pool, _attention_pool),
-        (ops.attention_pool_bwd, _attention_pool_bwd),
-        (ops.swiglu_mlp, _swiglu_mlp),
-        (ops.swiglu_mlp_bwd, _swiglu_mlp_bwd),
-        (ops.linear, _linear),
-        (ops.linear_bwd, _linear_bwd),
-    ):
-        register_flop_formula(op, get_raw=True)(_of_arguments(op.default, formula))
+    rooms = {"attention": attention, "attention_pool": attention_pool, "linear": linear, "swiglu_mlp": swiglu_mlp}
+    for name, formulas in rooms.items():
+        for op_name in (name, f"{name}_bwd"):
+            op = getattr(ops, op_name)
+            register_flop_formula(op, get_raw=True)(_of_problem(known(op.default), getattr(formulas, op_name)))
 
 
-def _of_arguments(op: torch._ops.OpOverload, formula: Callable[..., int]) -> Callable[..., int]:
-    # the last one, the backend, changes no count
-    count = len(op._schema.arguments) - 1
-    return lambda *args, **kwargs: formula(*args[:count], **kwargs)
+def _of_problem(op: Op, formula: Callable[[Any], int]) -> Callable[..., int]:
+    # the last argument, the backend, changes no count, nor do results
+    count = len(op.problem._fields)
+    return lambda *args, **_: formula(op.problem._make(args[:count]))
 
 
 def measured_figures(tiles: int) -> dict[tuple[str, str], tuple[int, int]]:
@@ -166,81 +164,6 @@ class _CausalAttention(TorchFunctionMode):
         batch, heads, tokens, head_dim = q.shape
         self.flops += batch * heads * tokens * k.shape[2] * (head_dim + v.shape[3])
         return q.new_empty(*q.shape[:3], v.shape[3])
-
-
-def _attention(q: Tensor, k: Tensor, v: Tensor, scale: float, cu_seqlens: Tensor | None, *_: Any, **__: Any) -> int:
-    """Two products, each of N^2 * H * D multiply-adds an image."""
-    *_, heads, head_dim = q.shape
-    pairs = q.shape[0] * q.shape[1] ** 2 if cu_seqlens is None else int(cu_seqlens.diff().long().square().sum())
-    return 4 * pairs * heads * head_dim
-
-
-def _attention_bwd(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *args: Any, **_: Any
-) -> int:
-    """Five products: the scores again, and those of the four gradients dP, dV, dQ, dK."""
-    return _attention(q, k, v, *args[:2]) // 2 * 5
-
-
-def _attention_pool(
-    features: list[Tensor],
-    w_q: Tensor,
-    b_q: Tensor | None,
-    w_kv: Tensor,
-    b_kv: Tensor | None,
-    w_o: Tensor,
-    b_o: Tensor | None,
-    grid: list[int],
-    num_heads: int,
-    window: list[int],
-    pad_embed: Tensor | None,
-    mask: Tensor | None,
-    keep: Tensor | None,
-    **_: Any,
-) -> int:
-    """The formula's own form: keys and values of every slot, zero slots too, query and output of every window; scores
-    inside windows are left out, as in the paper (5e-5 of the rest). What a backend saves by absorbing weights is not
-    seen here."""
-    windows = features[0].shape[0] * windows_per_tile(grid, window) if keep is None else len(keep)
-    return 2 * windows * (window[0] * window[1] * w_kv.numel() + w_q.numel() + w_o.numel())
-
-
-def _attention_pool_bwd(grad: Tensor, features: list[Tensor], *args: Any, **_: Any) -> int:
-    """Everything again but the output layer, and of each product's two gradients those that are wanted."""
-    w_q, _, w_kv, _, w_o, grid, _, window, _pad_embed, _, keep, wanted = args
-    windows = features[0].shape[0] * windows_per_tile(grid, window) if keep is None else len(keep)
-    slots = windows * window[0] * window[1]
-    inputs, (of_q, _, of_kv, _, of_o, _, of_pad) = wanted[: len(features)], wanted[len(features) :]
-    products = (1 + of_kv + (any(inputs) or of_pad)) * slots * w_kv.numel()
-    products += (1 + of_q + (any(inputs) or of_pad)) * windows * w_q.numel()
-    return 2 * (products + (1 + of_o) * windows * w_o.numel())
-
-
-def _swiglu_mlp(x: Tensor, w_up: Tensor, w_down: Tensor, *_: Any, **__: Any) -> int:
-    return 2 * x.shape[:-1].numel() * (w_up.numel() + w_down.numel())
-
-
-def _swiglu_mlp_bwd(
-    grad: Tensor, x: Tensor, w_up: Tensor, w_down: Tensor, b_up: Tensor | None, wanted: list[bool], **_: Any
-) -> int:
-    """The up-projection again and the gradient by its result, then what is wanted."""
-    of_x, of_up, of_down, of_b_up, _ = wanted
-    again = of_x or of_up or of_down or of_b_up
-    products = (again + of_x + of_up) * w_up.numel() + (again + of_down) * w_down.numel()
-    return 2 * x.shape[:-1].numel() * products
-
-
-def _linear(x: Tensor, weight: Tensor, *_: Any, **__: Any) -> int:
-    return 2 * x.shape[:-1].numel() * weight.numel()
-
-
-def _linear_bwd(
-    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, wanted: list[bool], **_: Any
-) -> int:
-    """The product again where an activation follows it, then what is wanted."""
-    of_x, of_weight, of_bias, _ = wanted
-    again = activation != "none" and (of_x or of_weight or of_bias)
-    return 2 * x.shape[:-1].numel() * weight.numel() * (again + of_x + of_weight)
 
 
 def _features(model: JinaVLM, crops: int) -> list[Tensor]:

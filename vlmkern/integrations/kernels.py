@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from .. import __version__
-from ..native import reason_unavailable
+from ..dispatch.extension import reason_unavailable
 
 _LEFT_OUT = ("__pycache__", "*.pyc", "cli", "examples", "data", "models", "efficiency", "integrations")
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..._files import read_json_object, reason
-from ...ops._windows import windows_per_tile
+from ...ops.attention_pool.windows import windows_per_tile
 from .section import LARGEST_SIZE, ConfigError, Section, shown
 
 

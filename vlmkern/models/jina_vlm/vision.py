@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ... import ops
 from ...nn import TileAttention, VisionLanguageConnector, functional
-from ...ops._windows import windows_per_tile
+from ...ops.attention_pool.windows import windows_per_tile
 from .config import JinaVLMConfig, VisionConfig
 
 # what batches fill missing crops with; a black tile looks the same after min-max normalisation

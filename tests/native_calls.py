@@ -1,0 +1,33 @@
+"""The native kernels below their ops, each called with what its problem holds, one after the other."""
+
+from __future__ import annotations
+
+from vlmkern.ops.attention import native as _attention
+from vlmkern.ops.attention.problem import Attention, AttentionGradient
+from vlmkern.ops.attention_pool import native as _attention_pool
+from vlmkern.ops.attention_pool.problem import AttentionPool, AttentionPoolGradient
+from vlmkern.ops.linear import native as _linear
+from vlmkern.ops.linear.problem import Linear
+from vlmkern.ops.swiglu_mlp.native import silu_mul, silu_mul_bwd
+
+__all__ = ["attention", "attention_bwd", "attention_pool", "attention_pool_bwd", "linear", "silu_mul", "silu_mul_bwd"]
+
+
+def attention(*args):
+    return _attention.attention(Attention(*args))
+
+
+def attention_bwd(*args):
+    return _attention.attention_bwd(AttentionGradient(*args))
+
+
+def attention_pool(*args):
+    return _attention_pool.attention_pool(AttentionPool(*args))
+
+
+def attention_pool_bwd(*args):
+    return _attention_pool.attention_pool_bwd(AttentionPoolGradient(*args))
+
+
+def linear(*args):
+    return _linear.linear(Linear(*args))

@@ -1,0 +1,235 @@
+"""The shared registration helper: everything an op tells torch, said in one call.
+
+An op's arguments are the fields of its problem, a NamedTuple, and one more, `backend`, which says what it is to run on.
+No field has a default, so that every layer below the public function sees all of them. The checks run inside the fake
+implementation and inside the real one, hence once per eager call, once per trace, and also for callers of
+`torch.ops.vlmkern.*`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._functorch.autograd_function import enable_single_level_autograd_function
+
+from .._ops import add_op_namespace_prefix, library
+from .._ops import ops as registered
+from . import choice
+from . import providers as dispatch
+
+_AUTOCAST = (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA"))
+_autocast_keys = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU).add(torch._C.DispatchKey.AutocastCUDA)
+# below this key torch takes what is made by a view for a view, and then forbids `result += 1` in training
+_view_tracking = torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
+# of a problem's fields, as annotated, in torch's schemas
+_TYPES = {
+    "Tensor": "Tensor",
+    "Tensor | None": "Tensor?",
+    "list[Tensor]": "Tensor[]",
+    "list[int]": "int[]",
+    "list[bool]": "bool[]",
+    "int": "int",
+    # the one integer that changes from call to call, as the longest of packed segments does
+    "int | None": "SymInt?",
+    "float": "float",
+    "str": "str",
+}
+
+Check = Callable[[Any], None]
+
+
+def define(
+    name: str,
+    problem: type,
+    returns: str,
+    *,
+    check: Check,
+    fake: Callable[[Any], Any],
+    providers: dict[str, ModuleType | Callable[[], ModuleType]],
+    check_values: Check | None = None,
+    backward: bool = False,
+) -> torch._ops.OpOverload:
+    """Defines `vlmkern::<name>` for all devices and returns its overload.
+
+    Args:
+        problem: a NamedTuple class whose fields are the op's arguments.
+        returns: in torch's schema language, e.g. "Tensor".
+        check: problem -> None; raises on shapes, dtypes, devices and strides that the op does not take.
+        fake: problem -> results with shapes and dtypes, for meta tensors and tracing; called after `check`.
+        providers: backend -> module, or what gives it on the first call; "reference" is required. See
+            `vlmkern.dispatch.providers`.
+        check_values: problem -> None; raises on wrong values inside index tensors. Runs on CPU tensors, and on others
+            when VLMKERN_CHECK=1, because reading values stalls a GPU.
+        backward: the op computes gradients, on the backend that it is told whatever is in force.
+    """
+    # NamedTuple has annotations that are strings wrapped
+    kinds = {field: getattr(kind, "__forward_arg__", kind) for field, kind in problem.__annotations__.items()}
+    arguments = ", ".join(f"{_TYPES[kind]} {field}" for field, kind in kinds.items())
+    library.define(f'{name}({arguments}, str backend="") -> {returns}', tags=(torch.Tag.pt2_compliant_tag,))
+    known = dispatch.Op(name, problem, fake, providers, backward)
+    dispatch.register(known)
+    op = getattr(registered, name).default
+    count = len(problem._fields)
+    make = problem._make
+
+    def fake_impl(*args: Any) -> Any:
+        asked = make(args[:count])
+        check(asked)
+        return fake(asked)
+
+    def real_impl(*args: Any) -> Any:
+        # torch leaves out arguments that are equal to their default
+        asked, backend = make(args[:count]), args[count] if len(args) > count else ""
+        check(asked)
+        device = _device(asked)
+        if check_values is not None and (device.type == "cpu" or os.environ.get("VLMKERN_CHECK") == "1"):
+            check_values(asked)
+        chosen = (backend or choice.current()) if backward else choice.settled(backend)
+        with torch._C._ExcludeDispatchKeyGuard(_view_tracking):
+            return dispatch.run(known, asked, device, chosen)
+
+    library.impl(name, real_impl, "CompositeExplicitAutograd")
+    torch.library.register_fake(add_op_namespace_prefix(name), fake_impl, lib=library)
+    return op
+
+
+def autocast(op: torch._ops.OpOverload, *, keep: Sequence[str] = ()) -> None:
+    """Under torch.autocast, cast the op's floating-point tensors to the autocast dtype, but for `keep`."""
+    names = [argument.name for argument in op._schema.arguments]
+
+    def register(device_type: str, key: str) -> None:
+        def cast(value: Any, dtype: torch.dtype) -> Any:
+            if isinstance(value, (list, tuple)):
+                return [cast(item, dtype) for item in value]
+            eligible = (
+                isinstance(value, Tensor)
+                and value.is_floating_point()
+                and value.dtype is not torch.float64
+                and value.device.type == device_type
+            )
+            if not eligible:
+                return value
+            result = value.to(dtype)
+            # torch gives a copy of rows that overlap any strides it likes
+            lost = result.dim() > 0 and result.stride(-1) != 1 and value.stride(-1) == 1
+            return result.contiguous() if lost else result
+
+        def impl(*args: Any) -> Any:
+            dtype = torch.get_autocast_dtype(device_type)
+            cast_args = [a if n in keep else cast(a, dtype) for n, a in zip(names, args, strict=False)]
+            with torch._C._ExcludeDispatchKeyGuard(_autocast_keys):
+                return op(*cast_args)
+
+        library.impl(op._schema.name.split("::")[1], impl, key)
+
+    for device_type, key in _AUTOCAST:
+        register(device_type, key)
+
+
+def differentiable(
+    op: torch._ops.OpOverload, *, setup_context: Callable[..., None], backward: Callable[..., tuple[Any, ...]]
+) -> None:
+    """Registers the op's gradient.
+
+    Args:
+        setup_context: `(ctx, problem, output)`, keeps what the backward needs; but the backend, which is kept
+            as `ctx.backend` for the backward to hand on: it may run on a thread that the choice does not reach.
+        backward: `(ctx, needed, *grads)` -> the gradients of all inputs but the backend, a list of tensors among them
+            spread out; `needed` says the same way which of them are asked for.
+    """
+    count, make = len(op._schema.arguments) - 1, dispatch.known(op).problem._make
+    # where a list of tensors stands, as autograd sees only tensors that are arguments themselves
+    listed = next((i for i, a in enumerate(op._schema.arguments) if str(a.type) == "List[Tensor]"), None)
+    returns_list = str(op._schema.returns[0].type) == "List[Tensor]"
+
+    class Gradient(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, keyset: Any, length: int, asked: str, *flat: Any) -> Any:
+            args = flat
+            if listed is not None:
+                end = listed + length
+                args = (*flat[:listed], list(flat[listed:end]), *flat[end:])
+            with _derivatives_of_lower_levels():
+                result = _below_autograd(op, keyset, (*args, asked))
+            ctx.backend = asked
+            setup_context(ctx, make(args), result)
+            return tuple(result) if isinstance(result, list) else result
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+            return (None, None, None, *backward(ctx, ctx.needs_input_grad[3:], *grads))
+
+        @classmethod
+        def apply(cls, *args: Any) -> Any:
+            # this is an autograd kernel, as torch's own ops have them: torch.func calls it once for each level
+            with enable_single_level_autograd_function():
+                return super(torch.autograd.Function, cls).apply(*args)
+
+    def kernel(keyset: Any, *args: Any) -> Any:
+        args, asked = args[:count], args[count] if len(args) > count else ""
+        _refuse_forward_mode(op, args)
+        if not (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)):
+            return _below_autograd(op, keyset, (*args, asked))
+        asked = asked or choice.current()
+        flat, length = args, 0
+        if listed is not None:
+            length = len(args[listed])
+            flat = (*args[:listed], *args[listed], *args[listed + 1 :])
+        result = Gradient.apply(keyset, length, asked, *flat)
+        return list(result) if returns_list else result
+
+    library.impl(op._schema.name.split("::")[1], kernel, "Autograd", with_keyset=True)
+
+
+def not_differentiable(op: torch._ops.OpOverload) -> None:
+    """Makes differentiating the op raise; without it, a second backward would return wrong gradients."""
+
+    def backward(ctx: Any, needed: Any, *grads: Any) -> Any:
+        raise NotImplementedError(
+            f"{op._schema.name} is not differentiable: vlmkern ops support first-order gradients only"
+        )
+
+    differentiable(op, setup_context=lambda ctx, problem, output: None, backward=backward)
+
+
+def _below_autograd(op: torch._ops.OpOverload, keyset: Any, args: tuple[Any, ...]) -> Any:
+    with torch._C._AutoDispatchBelowAutograd():
+        return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+
+
+@contextmanager
+def _derivatives_of_lower_levels() -> Iterator[None]:
+    """Inside of autograd's Function, which switches derivatives off: on again where a lower level of torch.func comes
+    next, whose own they are."""
+    if not torch._C._are_functorch_transforms_active():
+        yield
+        return
+    with torch.enable_grad(), torch.autograd.forward_ad._set_fwd_grad_enabled(True):
+        yield
+
+
+def _refuse_forward_mode(op: torch._ops.OpOverload, args: Sequence[Any]) -> None:
+    """Raises where an input carries a tangent, which would be dropped."""
+    if torch.autograd.forward_ad._current_level < 0:
+        return
+    for value in args:
+        for tensor in value if isinstance(value, (list, tuple)) else (value,):
+            if isinstance(tensor, Tensor) and torch._VF._unpack_dual(tensor, level=0)[1] is not None:
+                raise NotImplementedError(
+                    f"{op._schema.name} has no forward-mode derivative: use reverse mode (backward, torch.func.vjp)"
+                )
+
+
+def _device(args: Sequence[Any]) -> torch.device:
+    for value in args:
+        if isinstance(value, Tensor):
+            return value.device
+        if isinstance(value, (list, tuple)) and value and isinstance(value[0], Tensor):
+            return value[0].device
+    raise AssertionError("an op has at least one tensor argument")

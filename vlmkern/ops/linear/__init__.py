@@ -1,0 +1,109 @@
+"""`vlmkern::linear`: linear layer, activation and residual in one. The maths is in reference.py."""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+from torch import Tensor
+
+from ...dispatch import checks, choice, library
+from .._algebra import ACTIVATIONS
+from . import native, reference
+from .problem import Linear, LinearGradient
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    activation: str = "none",
+    residual: Tensor | None = None,
+) -> Tensor:
+    """`act(x @ weight.T + bias) + residual`: the projections of a transformer block with what follows them.
+
+    Args:
+        x: [..., C], any strides. float32, bfloat16, float16 or float64.
+        weight: [E, C].
+        bias: [E] or None.
+        activation: "none", "gelu_tanh" (SigLIP), "gelu" (exact) or "silu".
+        residual: [..., E], of the result's shape, or None.
+
+    Returns:
+        [..., E], dense, dtype of `x`.
+
+    Raises:
+        ValueError: shapes that do not fit together, an unknown activation, or tensors on different devices.
+        TypeError: dtypes that differ from that of `x`, or are not floating point.
+    """
+    return _op(x, weight, bias, activation, residual, choice.requested())
+
+
+def _check(p: Linear) -> None:
+    checks.float_tensor("x", p.x)
+    checks.value(p.x.dim() >= 1, lambda: f"x: got shape {list(p.x.shape)}, expected [..., C]")
+    checks.rank("weight", p.weight, "[E, C]")
+    checks.shape("weight", p.weight, (p.weight.shape[0], p.x.shape[-1]), "[E, C] with C from x")
+    if p.bias is not None:
+        checks.shape("bias", p.bias, p.weight.shape[:1], "[E]")
+    if p.residual is not None:
+        checks.shape("residual", p.residual, (*p.x.shape[:-1], p.weight.shape[0]), "[..., E] like the result")
+    if p.activation not in ACTIVATIONS:
+        raise ValueError(f"activation: got {p.activation!r}, expected one of {', '.join(ACTIVATIONS)}")
+    checks.linear_weight("weight", p.weight, "x", p.x)
+    for name, tensor in (("bias", p.bias), ("residual", p.residual)):
+        if tensor is not None:
+            checks.like(name, tensor, "x", p.x)
+
+
+def _check_bwd(p: LinearGradient) -> None:
+    _check(p.forward)
+    checks.like("weight", p.weight, "x", p.x)
+    checks.shape("grad", p.grad, (*p.x.shape[:-1], p.weight.shape[0]), "[..., E] like the result")
+    checks.like("grad", p.grad, "x", p.x)
+    checks.wanted(p.wanted, 4)
+
+
+def _fake(p: Linear) -> Tensor:
+    return p.x.new_empty((*p.x.shape[:-1], p.weight.shape[0]))
+
+
+def _fake_bwd(p: LinearGradient) -> list[Tensor]:
+    shapes = (p.x.shape, p.weight.shape, p.weight.shape[:1], p.grad.shape)
+    return [p.x.new_empty(shape) for shape, want in zip(shapes, p.wanted, strict=True) if want]
+
+
+def _setup_context(ctx: Any, p: Linear, output: Tensor) -> None:
+    ctx.activation = p.activation
+    ctx.save_for_backward(p.x, p.weight, p.bias)
+
+
+def _backward(ctx: Any, needed: tuple[bool, ...], grad: Tensor) -> tuple[Tensor | None, ...]:
+    of_x, of_weight, of_bias, _, of_residual = needed
+    wanted = [of_x, of_weight, of_bias, of_residual]
+    grads = iter(_op_bwd(grad, *ctx.saved_tensors, ctx.activation, wanted, ctx.backend))
+    d_x, d_weight, d_bias, d_residual = (next(grads) if want else None for want in wanted)
+    return d_x, d_weight, d_bias, None, d_residual
+
+
+def _triton() -> ModuleType:
+    from . import triton
+
+    return triton
+
+
+_PROVIDERS = {"reference": reference, "native": native, "triton": _triton}
+_op = library.define("linear", Linear, "Tensor", check=_check, fake=_fake, providers=_PROVIDERS)
+_op_bwd = library.define(
+    "linear_bwd",
+    LinearGradient,
+    "Tensor[]",
+    check=_check_bwd,
+    fake=_fake_bwd,
+    providers=_PROVIDERS,
+    backward=True,
+)
+library.differentiable(_op, setup_context=_setup_context, backward=_backward)
+library.not_differentiable(_op_bwd)
+library.autocast(_op)

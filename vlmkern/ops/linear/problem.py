@@ -1,0 +1,33 @@
+"""What is asked of `ops.linear`, and of its gradient."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Linear(NamedTuple):
+    """act(x weight^T + bias) + residual."""
+
+    x: Tensor  # [..., C]
+    weight: Tensor  # [E, C]
+    bias: Tensor | None  # [E]
+    activation: str
+    residual: Tensor | None  # [..., E]
+
+
+class LinearGradient(NamedTuple):
+    """Its gradients by (x, weight, bias, residual), those that are wanted, in this order."""
+
+    grad: Tensor  # [..., E]
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    activation: str
+    wanted: list[bool]
+
+    @property
+    def forward(self) -> Linear:
+        """What this is the gradient of."""
+        return Linear(self.x, self.weight, self.bias, self.activation, None)
