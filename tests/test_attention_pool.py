@@ -14,6 +14,7 @@ from torch import Tensor
 
 import vlmkern
 from vlmkern import ops
+from vlmkern.ops.attention_pool import native
 
 OP = torch.ops.vlmkern.attention_pool.default
 
@@ -416,7 +417,7 @@ class TestGradientNumbers:
 
     def test_a_few_heads_at_a_time(self, backend, monkeypatch):
         if backend == "native":
-            monkeypatch.setattr("vlmkern.ops.attention_pool.native._VECTORS", 3 * 2 * 6 * 12 * 4)
+            monkeypatch.setattr(native, "_VECTORS", 3 * 2 * 6 * 12 * 4)
         self.check(backend, torch.randn(2, 1, 15, 6), Weights.make(12, 8, 3, 4, 10), None, (3, 5))
 
     @pytest.mark.parametrize("dtype", LOW_PRECISION)

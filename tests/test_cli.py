@@ -15,7 +15,9 @@ from PIL import Image
 from support import make_no_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+import vlmkern
 from vlmkern.cli import main
+from vlmkern.dispatch import table as support
 from vlmkern.models.jina_vlm import JinaVLM, JinaVLMConfig
 
 
@@ -86,9 +88,26 @@ def test_efficiency(capsys):
 
 def test_info(capsys):
     report = run_json(capsys, "info")
-    assert {"native", "triton", "cuda", "versions"} <= set(report) and report["versions"]["torch"] == torch.__version__
+    assert (
+        {"native", "triton", "versions"} <= set(report)
+        and "ops" not in report
+        and report["versions"]["torch"] == torch.__version__
+    )
     status, out, _ = run(capsys, "info")
     assert status == 0 and "reference" in out
+
+
+def test_info_of_ops(capsys):
+    """What is printed is what is asked: one table for all who read it."""
+    report = run_json(capsys, "info", "--ops")
+    assert report["ops"] == support.rows()
+    of_linear = {
+        row["isa"]: row["bfloat16"] for row in report["ops"] if (row["op"], row["backend"]) == ("linear", "native")
+    }
+    if vlmkern.backends()["native"]["available"]:
+        assert of_linear["avx512"] is None and "oneDNN" in of_linear["avx2"]
+    status, out, _ = run(capsys, "info", "--ops")
+    assert status == 0 and all(row["op"] in out for row in report["ops"])
 
 
 def test_demo_with_random_weights(capsys, photo, tmp_path):

@@ -9,8 +9,8 @@ from support import assert_matches, load_arrays
 from vlmkern import use_backend
 from vlmkern.models.jina_vlm import JinaVLM
 from vlmkern.models.jina_vlm.decoder import token_positions
-from vlmkern.ops import _windows as pooling
 from vlmkern.ops.attention_pool import reference
+from vlmkern.ops.attention_pool import windows as pooling
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,10 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import pytest
+
 import vlmkern
+from vlmkern.dispatch import table
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 
@@ -53,3 +56,10 @@ def test_every_environment_variable_is_documented():
     for source in [*root.rglob("*.py"), *(root.parent / "csrc").rglob("*.cpp")]:
         used |= set(re.findall(r"\"(VLMKERN_[A-Z_]+)\"", source.read_text(encoding="utf-8")))
     assert used and used <= set(re.findall(r"`(VLMKERN_\w+)`", README))
+
+
+def test_the_table_of_kernels_is_what_dispatch_says():
+    if not vlmkern.backends()["native"]["available"]:
+        pytest.skip(vlmkern.backends()["native"]["reason"])
+    pytest.importorskip("triton")
+    assert table.markdown() in README

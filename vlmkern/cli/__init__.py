@@ -105,7 +105,8 @@ def _parser() -> argparse.ArgumentParser:
     tune = add("tune", _tune, "Time every kernel's candidates on this machine's GPU and rewrite its tables.")
     tune.add_argument("--kernel", metavar="NAME", help="the Triton function's name (default: all)")
 
-    add("info", _info, "Backends, versions and this machine.")
+    info = add("info", _info, "Backends, versions and this machine.")
+    info.add_argument("--ops", action="store_true", help="also which backend computes which op, by dtype")
     return parser
 
 

@@ -13,10 +13,11 @@ from rich.console import Console
 from rich.table import Table
 
 from .. import __version__, backends
+from ..dispatch import table as support
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
-    """Prints a table, unless JSON is wanted: `vlmkern.backends()` plus `versions` and `machine`."""
+    """Prints tables, unless JSON is wanted: `vlmkern.backends()`, `versions`, `machine` and, with --ops, `ops`."""
     report: dict[str, Any] = backends()
     report["versions"] = {
         "vlmkern": __version__,
@@ -24,6 +25,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         **{name: _version(name) for name in ("torch", "triton", "numpy", "pillow", "transformers")},
     }
     report["machine"] = {"cpu": _cpu(), "platform": platform.platform(), "threads": torch.get_num_threads()}
+    if options.ops:
+        report["ops"] = support.rows()
     if not options.json:
         _print(report)
     return report
@@ -42,6 +45,21 @@ def _print(report: dict[str, Any]) -> None:
         for name, value in report[heading].items():
             table.add_row(name, str(value or "not installed"))
         console.print(table)
+    if "ops" in report:
+        console.print(_support(report["ops"]))
+
+
+def _support(rows: list[dict[str, Any]]) -> Table:
+    """Who computes what, at the sizes of jina-vlm; the rest runs on the reference."""
+    names = [name for name in rows[0] if name not in ("op", "backend", "isa")] if rows else []
+    table = Table("op", "backend", *names, title="Ops that have kernels", title_justify="left")
+    last = ""
+    for row in support.merged(rows):
+        where = support.where(row)
+        cells = ["yes" if row[name] is None else "[dim]torch[/]" for name in names]
+        table.add_row(row["op"] if row["op"] != last else "", where, *cells)
+        last = row["op"]
+    return table
 
 
 def _details(name: str, entry: dict[str, Any]) -> str:

@@ -88,6 +88,11 @@ def known(op: torch._ops.OpOverload) -> Op:
     return _ops[op._schema.name.split("::")[1]]
 
 
+def all_ops() -> list[Op]:
+    """Every op, by name."""
+    return [_ops[name] for name in sorted(_ops)]
+
+
 def ops_of(backend: str) -> list[str]:
     """The ops that a backend has kernels for, by name."""
     return sorted(name for name, op in _ops.items() if backend in op.providers)

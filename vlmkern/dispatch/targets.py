@@ -33,6 +33,10 @@ _ONEDNN = {
 }
 
 
+ISAS = tuple(_ONEDNN)
+"""What native kernels are compiled for, each a part of the next."""
+
+
 def of_isa(isa: str) -> Target:
     """A CPU with these instructions, which need not be this machine's."""
     return Target("cpu", isa, frozenset(_ONEDNN.get(isa, ())))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -15,6 +16,13 @@ class AddLayerNorm(NamedTuple):
     weight: Tensor | None  # [C]
     bias: Tensor | None  # [C]
     eps: float
+
+    @classmethod
+    def example(cls, dtype: torch.dtype) -> AddLayerNorm:
+        """Between the halves of a tower block, of shapes only."""
+        x, residual = torch.empty(2, 729, 1152, dtype=dtype, device="meta")
+        weight, bias = torch.empty(2, 1152, dtype=dtype, device="meta")
+        return cls(x, residual, weight, bias, 1e-6)
 
 
 class AddLayerNormGradient(NamedTuple):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -16,6 +17,12 @@ class Attention(NamedTuple):
     scale: float
     cu_seqlens: Tensor | None  # int32 [S + 1], of packed tensors
     max_seqlen: int | None
+
+    @classmethod
+    def example(cls, dtype: torch.dtype) -> Attention:
+        """One crop of jina-vlm, of shapes only."""
+        q, k, v = torch.empty(1, 729, 3, 16, 72, dtype=dtype, device="meta").unbind(2)
+        return cls(q, k, v, 72**-0.5, None, None)
 
 
 class AttentionGradient(NamedTuple):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from .windows import windows_per_tile
@@ -42,6 +43,15 @@ class AttentionPool(NamedTuple):
     def scale(self) -> float:
         """Factor on the scores, Dk ** -0.5."""
         return (self.w_q.shape[0] // self.num_heads) ** -0.5
+
+    @classmethod
+    def example(cls, dtype: torch.dtype) -> AttentionPool:
+        """Two hidden states of one crop of jina-vlm, of shapes only."""
+        features = [torch.empty(1, 729, 1152, dtype=dtype, device="meta") for _ in range(2)]
+        w_q, w_kv, w_o = (
+            torch.empty(shape, dtype=dtype, device="meta") for shape in ((1152, 2304), (2304, 2304), (1152, 1152))
+        )
+        return cls(features, w_q, None, w_kv, None, w_o, None, [27, 27], 16, [2, 2], None, None, None)
 
 
 class AttentionPoolGradient(NamedTuple):

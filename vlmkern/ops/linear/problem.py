@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -15,6 +16,15 @@ class Linear(NamedTuple):
     bias: Tensor | None  # [E]
     activation: str
     residual: Tensor | None  # [..., E]
+
+    @classmethod
+    def example(cls, dtype: torch.dtype) -> Linear:
+        """Out of the MLP of a tower block, of shapes only."""
+        x, weight, bias, residual = (
+            torch.empty(shape, dtype=dtype, device="meta")
+            for shape in ((729, 4304), (1152, 4304), (1152,), (729, 1152))
+        )
+        return cls(x, weight, bias, "none", residual)
 
 
 class LinearGradient(NamedTuple):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -15,6 +16,12 @@ class SwiGLU(NamedTuple):
     w_down: Tensor  # [E, F]
     b_up: Tensor | None  # [2F]
     b_down: Tensor | None  # [E]
+
+    @classmethod
+    def example(cls, dtype: torch.dtype) -> SwiGLU:
+        """The projector of jina-vlm, of shapes only."""
+        shapes = (196, 1152), (2 * 6144, 1152), (2048, 6144)
+        return cls(*(torch.empty(shape, dtype=dtype, device="meta") for shape in shapes), None, None)
 
 
 class SwiGLUGradient(NamedTuple):
