@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,7 +29,7 @@ _traced = _Traced()
 
 def current() -> str:
     """The backend in force: the innermost `use_backend`, else `VLMKERN_BACKEND`, else "auto"."""
-    return _chosen.get() or checked_name(os.environ.get("VLMKERN_BACKEND") or "auto", "VLMKERN_BACKEND")
+    return _chosen.get() or _of_environment()
 
 
 def requested() -> str:
@@ -87,3 +88,9 @@ def use_backend(name: str) -> Iterator[None]:
         # by identity: blocks of other threads may carry the same name
         del _open[next(i for i in reversed(range(len(_open))) if _open[i] is block)]
         _traced.name = _open[-1][0] if _open else None
+
+
+@functools.cache
+def _of_environment() -> str:
+    # read once, at the first call: to look there takes as long as a check of all arguments
+    return checked_name(os.environ.get("VLMKERN_BACKEND") or "auto", "VLMKERN_BACKEND")

@@ -8,6 +8,7 @@ implementation and inside the real one, hence once per eager call, once per trac
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -76,7 +77,8 @@ def define(
     dispatch.register(known)
     op = getattr(registered, name).default
     count = len(problem._fields)
-    make = problem._make
+    # what `problem._make` does, in half the time
+    make = functools.partial(tuple.__new__, problem)
 
     def fake_impl(*args: Any) -> Any:
         asked = make(args[:count])

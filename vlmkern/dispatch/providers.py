@@ -10,8 +10,10 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import threading
 from collections.abc import Callable
 from contextvars import ContextVar
+from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -29,10 +31,14 @@ _log = logging.getLogger("vlmkern.dispatch")
 _logged: set[tuple[str, str, tuple[str, ...]]] = set()
 # where decisions are kept that are only asked for, in place of being carried out
 _asked: ContextVar[list[Decision] | None] = ContextVar("vlmkern_asked", default=None)
-_watched = "dispatch" in os.environ.get("VLMKERN_LOG", "").split(",")
+_logs = "dispatch" in os.environ.get("VLMKERN_LOG", "").split(",")
+# how many want to know of decisions: the log, and every `explain` that is under way in any thread
+_observed = int(_logs)
+_lock = threading.Lock()
 
 
-class Op(NamedTuple):
+@dataclass(frozen=True)
+class Op:
     """What is known of an op here.
 
     Attributes:
@@ -47,6 +53,8 @@ class Op(NamedTuple):
     fake: Callable[[Any], Any]
     providers: dict[str, ModuleType | Callable[[], ModuleType]]
     backward: bool
+    # by type of device, when first asked
+    routes: dict[str, Route] = field(default_factory=dict, compare=False, repr=False)
 
 
 class Provider(NamedTuple):
@@ -55,6 +63,19 @@ class Provider(NamedTuple):
     supports: Callable[[Any, Target], str | None]
     call: Callable[[Any], Any]
     kernel: Callable[[Any], str] | None
+
+
+class Route(NamedTuple):
+    """Whom calls on a device go to, where the user names nobody.
+
+    Attributes:
+        providers: of the backends that are there, by name, the reference last.
+        refused: backend -> why it is not among them.
+    """
+
+    target: Target
+    providers: dict[str, Provider]
+    refused: dict[str, str]
 
 
 class Decision(NamedTuple):
@@ -114,16 +135,15 @@ def run(op: Op, problem: Any, device: torch.device, chosen: str) -> Any:
     Raises:
         BackendUnavailable: a backend was named and does not.
     """
-    backend, refused = _decide(op, problem, device, chosen)
-    found = provider(op.name, backend)
-    if _watched or _asked.get() is not None:
-        kernel = found.kernel(problem) if found.kernel is not None else ""
-        decision = Decision(op.name, backend, kernel, refused or {})
-        _note(decision)
-        if _asked.get() is not None:
-            _asked.get().append(decision)
-            return op.fake(problem)
-    return found.call(problem)
+    if _observed:
+        return _run_observed(op, problem, device, chosen)
+    if chosen != "auto":
+        return _named(op, problem, device, chosen).call(problem)
+    target, route, _ = op.routes.get(device.type) or _route(op, device.type)
+    for supports, call, _ in route.values():
+        if supports(problem, target) is None:
+            return call(problem)
+    raise AssertionError(f"vlmkern::{op.name}: the reference supports everything")
 
 
 def explain(op: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Decision]:
@@ -141,35 +161,68 @@ def explain(op: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Decision]
     Example:
         print(*vlmkern.explain(ops.linear, x, weight))
     """
+    global _observed
     decisions: list[Decision] = []
     token = _asked.set(decisions)
+    with _lock:
+        _observed += 1
     try:
         op(*args, **kwargs)
     finally:
+        with _lock:
+            _observed -= 1
         _asked.reset(token)
     return decisions
 
 
-def _decide(op: Op, problem: Any, device: torch.device, chosen: str) -> tuple[str, dict[str, str] | None]:
-    target = targets.of_device(device.type)
+def _run_observed(op: Op, problem: Any, device: torch.device, chosen: str) -> Any:
+    """`run`, or for `explain` what it would be, and a line in the log."""
+    refused: dict[str, str] = {}
     if chosen != "auto":
-        reason = _unusable(op, chosen, device) or provider(op.name, chosen).supports(problem, target)
-        if reason is not None:
-            raise BackendUnavailable(f"backend {chosen!r} cannot run vlmkern::{op.name}: {reason}")
-        return chosen, None
-    refused: dict[str, str] | None = None
-    for backend in _ORDER.get(device.type, ()):
+        backend, found = chosen, _named(op, problem, device, chosen)
+    else:
+        target, route, missing = op.routes.get(device.type) or _route(op, device.type)
+        refused = dict(missing)
+        for backend, found in route.items():
+            reason = found.supports(problem, target)
+            if reason is None:
+                break
+            refused[backend] = reason
+    kernel = found.kernel(problem) if found.kernel is not None else ""
+    decision = Decision(op.name, backend, kernel, refused)
+    if _logs:
+        _note(decision)
+    asked = _asked.get()
+    if asked is None:
+        return found.call(problem)
+    asked.append(decision)
+    return op.fake(problem)
+
+
+def _route(op: Op, device: str) -> Route:
+    found, refused = {}, {}
+    for backend in (*_ORDER.get(device, ()), "reference"):
         if backend not in op.providers:
             continue
         reason = availability.missing(backend)
-        if reason is not None:
-            availability.warn_once(backend)
+        if reason is None:
+            found[backend] = provider(op.name, backend)
         else:
-            reason = provider(op.name, backend).supports(problem, target)
-            if reason is None:
-                return backend, refused
-        refused = {**(refused or {}), backend: reason}
-    return "reference", refused
+            availability.warn_once(backend)
+            refused[backend] = reason
+    op.routes[device] = Route(targets.of_device(device), found, refused)
+    return op.routes[device]
+
+
+def _named(op: Op, problem: Any, device: torch.device, backend: str) -> Provider:
+    """The provider that the user named, if it supports the call."""
+    reason = _unusable(op, backend, device)
+    if reason is None:
+        found = provider(op.name, backend)
+        reason = found.supports(problem, targets.of_device(device.type))
+        if reason is None:
+            return found
+    raise BackendUnavailable(f"backend {backend!r} cannot run vlmkern::{op.name}: {reason}")
 
 
 def _unusable(op: Op, backend: str, device: torch.device) -> str | None:
@@ -188,7 +241,7 @@ def _unusable(op: Op, backend: str, device: torch.device) -> str | None:
 
 def _note(decision: Decision) -> None:
     key = (decision.op, decision.backend + decision.kernel, tuple(decision.refused.values()))
-    if _watched and key not in _logged:
+    if key not in _logged:
         _logged.add(key)
         _log.info("%s", decision)
 
@@ -197,6 +250,6 @@ def _anything(problem: Any, target: Target) -> None:
     return None
 
 
-if _watched:
+if _logs:
     _log.setLevel(logging.INFO)
     _log.addHandler(logging.StreamHandler())

@@ -25,13 +25,7 @@ _POST_OPS = {"none": ("none", ""), "gelu_tanh": ("gelu", "tanh"), "gelu": ("gelu
 
 def supports(p: Linear, target: Target) -> str | None:
     """None, or why the call is not for these kernels."""
-    reason = lacks(p.x.dtype)
-    if reason is not None or p.weight.is_mkldnn or p.x.dtype in target.onednn:
-        return reason
-    rows, most = p.x.shape[:-1].numel(), extension().max_linear_rows
-    if rows <= most or p.x.shape[-1] == 0 or len(p.weight) == 0:
-        return None
-    return f"it has no kernel for {rows} rows of {p.x.dtype}: its own takes up to {most}, and oneDNN none on this CPU"
+    return _lacks(p.x, p.weight, target)
 
 
 def supports_bwd(p: LinearGradient, target: Target) -> str | None:
@@ -47,7 +41,10 @@ def kernel(p: Linear) -> str:
 
 def linear(p: Linear) -> Tensor:
     """See reference.py."""
-    x, weight, bias, activation, residual = p
+    return _linear(*p)
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, residual: Tensor | None) -> Tensor:
     if x.numel() == 0 or weight.numel() == 0:
         y = activate(F.linear(x, weight, bias), activation)
         return y if residual is None else y.add_(residual)
@@ -99,8 +96,19 @@ def onednn_packed(weight: Tensor) -> Tensor:
 
 def linear_or_torch(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x W^T + b, by torch where there is no native way."""
-    p = Linear(x, weight, bias, "none", None)
-    return linear(p) if supports(p, of_device("cpu")) is None else F.linear(x, dense(weight), bias)
+    if _lacks(x, weight, of_device("cpu")) is None:
+        return _linear(x, weight, bias, "none", None)
+    return F.linear(x, dense(weight), bias)
+
+
+def _lacks(x: Tensor, weight: Tensor, target: Target) -> str | None:
+    reason = lacks(x.dtype)
+    if reason is not None or x.dtype in target.onednn or weight.is_mkldnn:
+        return reason
+    rows, most = x.shape[:-1].numel(), extension().max_linear_rows
+    if rows <= most or x.shape[-1] == 0 or len(weight) == 0:
+        return None
+    return f"it has no kernel for {rows} rows of {x.dtype}: its own takes up to {most}, and oneDNN none on this CPU"
 
 
 def _few_rows(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
