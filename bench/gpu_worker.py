@@ -6,7 +6,6 @@ nothing is left that it can do before the time UNTIL, in seconds since the epoch
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import sys
@@ -117,7 +116,10 @@ class Work:
         """Parts of the model; then, if there are tuned tables, the ops again."""
         import gpu_cases
 
-        status = self.cases(gpu_cases.block_entries(), without={"compile"})
+        entries = gpu_cases.block_entries()
+        if not entries:
+            print_line(f"parts of the model are left out: they need {', '.join(gpu_cases.MODELS_NEED)}")
+        status = self.cases(entries, without={"compile"})
         if status or "VLMKERN_TABLES" not in os.environ:
             return status
         return self.cases(gpu_cases.op_entries(), without={"compile"}, label=" tuned")
@@ -238,7 +240,7 @@ def describe(device: Any) -> dict[str, Any]:
         "torch": torch.__version__,
         "triton": vlmkern.backends()["triton"]["version"],
         "vlmkern": vlmkern.__version__,
-        "extension": importlib.util.find_spec("vlmkern._C") is not None,
+        "extension": vlmkern.backends()["native"]["available"],
         "cores": os.cpu_count(),
         "date": str(date.today()),
     }

@@ -6,12 +6,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from gpu_cases import DEVICE
+from gpu_cases import DEVICE, MODELS_NEED
 
 import vlmkern
 
-pytest.importorskip("safetensors", reason="the models read checkpoints")
-pytest.importorskip("tokenizers", reason="the models have processors")
+for module in MODELS_NEED:
+    pytest.importorskip(module)
 
 from vlmkern.models.jina_vlm import JinaVLM, JinaVLMConfig
 
