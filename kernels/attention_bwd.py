@@ -420,7 +420,9 @@ def _kernel(function: Any, products: int, tensors: int, candidates: tuple[tuple[
         {"tokens": 729, "head_dim": 72},
         cost,
         tuple(
-            {"BLOCK_M": m, "BLOCK_N": n, "num_warps": warps, "num_stages": stages} for m, n, warps, stages in candidates
+            {"BLOCK_M": m, "BLOCK_N": n, "TMA": tma, "num_warps": warps, "num_stages": stages}
+            for m, n, warps, stages in candidates
+            for tma in (False, True)
         ),
         shapes=tuple({"tokens": 729, "head_dim": d} for d in (64, 96, 128)),
         variants=({}, {"packed": True}),

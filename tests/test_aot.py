@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from importlib import import_module
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from vlmkern.aot import Job, _serialized, compile_launch, jobs, report
+from vlmkern.aot import MODULES, Job, _serialized, compile_launch, jobs, report
 from vlmkern.kernels import _launch, add_layer_norm, attention
 from vlmkern.kernels._launch import Launch
 
@@ -140,22 +141,41 @@ def test_attention_keeps_two_blocks_a_multiprocessor(rows):
 
 
 @pytest.mark.parametrize("arch", [80, 90])
-def test_padding_the_head_to_a_power_of_two_takes_more_instructions(arch):
+def test_padding_the_head_to_a_power_of_two_takes_more_instructions(arch, rows):
     """In blocks of one size, whether or not the tables have a configuration of it."""
     (kernel,) = attention.KERNELS
+    (padded,) = [row for row in rows if (row["kernel"], row["arch"], row["shipped"]) == (kernel.name, arch, False)]
+    assert padded["config"] == kernel.baseline
     split = {key: value for key, value in kernel.baseline.items() if key != "LO"}
-    ours, padded = report(
-        [
-            Job("attention", kernel.name, arch, 16, kernel.shape, {}, config, shipped=False)
-            for config in (split, kernel.baseline)
-        ]
-    )
+    (ours,) = report([Job("attention", kernel.name, arch, 16, kernel.shape, {}, split, shipped=False)])
     assert kernel.shape["head_dim"] == 72 and ours["instructions"] < padded["instructions"]
 
 
+@pytest.mark.parametrize("arch", [80, 90, 100])
+@pytest.mark.parametrize("bits", [16, 32])
+def test_candidates_are_configurations(arch, bits):
+    """Whole ones, of which launches are made, and none twice."""
+    dtype = {16: torch.bfloat16, 32: torch.float32}[bits]
+    for module in MODULES:
+        for kernel in import_module(f"vlmkern.kernels.{module}").KERNELS:
+            if str(bits) not in _launch.table(kernel.name, arch)["default"]:
+                continue
+            call = kernel.example(dtype, "meta", **kernel.shape)
+            candidates = kernel.candidates
+            assert candidates and len({tuple(sorted(config.items())) for config in candidates}) == len(candidates)
+            for config in candidates:
+                with _launch.forced(kernel.name, config), _launch.recording(arch) as launches:
+                    call()
+                (launch,) = [launch for launch in launches if launch.kernel is kernel.function]
+                given = launch.constants | launch.options
+                assert {key: given.get(key) for key in config if key != "PROGRAMS"} == {
+                    key: value for key, value in config.items() if key != "PROGRAMS"
+                }
+
+
 def test_one_kernel_and_target():
-    rows = aot("--arch", "90", "--kernel", "attention_bwd_dq_kernel")
-    assert rows and {(row["kernel"], row["arch"]) for row in rows} == {("attention_bwd_dq_kernel", 90)}
+    rows = aot("--arch", "90", "--kernel", "silu_mul_fwd_kernel")
+    assert rows and {(row["kernel"], row["arch"]) for row in rows} == {("silu_mul_fwd_kernel", 90)}
 
 
 def test_errors():
