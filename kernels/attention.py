@@ -471,6 +471,12 @@ def _cost(size: int, tokens: int, head_dim: int) -> tuple[float, float]:
     return 4 * heads * tokens**2 * head_dim, 4 * heads * tokens * head_dim * size
 
 
+# of float32, whose products are unrolled multiply-adds: larger blocks are thousands of instructions, and spill
+WIDE_CANDIDATES = tuple(
+    {"BLOCK_M": m, "BLOCK_N": n, "TMA": False, "num_warps": warps, "num_stages": 1}
+    for m, n, warps in ((32, 32, 8), (32, 32, 4), (32, 64, 8), (64, 32, 8))
+)
+
 KERNELS = (
     Kernel(
         attention_fwd_kernel,
@@ -479,20 +485,27 @@ KERNELS = (
         _cost,
         tuple(
             {"BLOCK_M": m, "BLOCK_N": n, "TMA": tma, "num_warps": warps, "num_stages": stages, **limit}
-            for m, n, warps, limit in (
-                (128, 64, 8, {"maxnreg": 128}),
-                (64, 64, 4, {"maxnreg": 128}),
-                (64, 64, 4, {}),
-                (128, 64, 4, {}),
-                (128, 128, 8, {}),
-                (64, 128, 4, {}),
+            # pointers take registers that descriptors do not
+            for m, n, warps, stages, forms, limit in (
+                (64, 128, 4, 2, (False, True), {}),
+                (128, 128, 8, 2, (False, True), {}),
+                (128, 128, 8, 3, (False, True), {}),
+                (128, 64, 8, 2, (False, True), {"maxnreg": 128}),
+                (128, 64, 8, 3, (False, True), {"maxnreg": 128}),
+                (128, 64, 4, 2, (False, True), {}),
+                (128, 64, 4, 3, (True,), {}),
+                (64, 64, 4, 2, (False, True), {}),
+                (64, 64, 4, 3, (False, True), {}),
+                (64, 64, 4, 2, (True,), {"maxnreg": 128}),
+                (64, 64, 4, 3, (True,), {"maxnreg": 128}),
+                (64, 64, 4, 2, (False,), {"maxnreg": 168}),
             )
-            for stages in (2, 3)
-            for tma in (False, True)
+            for tma in forms
         ),
         shapes=(*({"tokens": 729, "head_dim": d} for d in (64, 96, 128)), {"tokens": 1025, "head_dim": 64}),
         variants=({}, {"packed": True}),
         # the head padded to a power of two, as kernels do that do not split it
         baseline={"LO": 128, "BLOCK_M": 128, "BLOCK_N": 64, "TMA": False, "num_warps": 8, "num_stages": 2},
+        wide_candidates=WIDE_CANDIDATES,
     ),
 )

@@ -24,6 +24,7 @@ from ._launch import Kernel, Launch, start
 from ._strides import in_elements
 from .attention import (
     PER_CALL,
+    WIDE_CANDIDATES,
     clear_gaps,
     fused_qkv,
     image_head,
@@ -409,7 +410,9 @@ def _example(
     return lambda: attention_bwd(grad, q, k, v, out, lse, head_dim**-0.5, bounds, longest)
 
 
-def _kernel(function: Any, products: int, tensors: int, candidates: tuple[tuple[int, int, int, int], ...]) -> Kernel:
+def _kernel(
+    function: Any, products: int, tensors: int, candidates: tuple[tuple[int, int, int, int, tuple[bool, ...]], ...]
+) -> Kernel:
     def cost(size: int, tokens: int, head_dim: int) -> tuple[float, float]:
         heads = 13 * 16
         return 2 * products * heads * tokens**2 * head_dim, tensors * heads * tokens * head_dim * size
@@ -421,27 +424,30 @@ def _kernel(function: Any, products: int, tensors: int, candidates: tuple[tuple[
         cost,
         tuple(
             {"BLOCK_M": m, "BLOCK_N": n, "TMA": tma, "num_warps": warps, "num_stages": stages}
-            for m, n, warps, stages in candidates
-            for tma in (False, True)
+            for m, n, warps, stages, forms in candidates
+            for tma in forms
         ),
         shapes=tuple({"tokens": 729, "head_dim": d} for d in (64, 96, 128)),
         variants=({}, {"packed": True}),
+        wide_candidates=WIDE_CANDIDATES,
     )
 
 
+# pointers and descriptors
+_FORMS = (False, True)
 KERNELS = (
     _kernel(
         attention_bwd_dq_kernel,
         3,
         6,
         (
-            (64, 64, 4, 2),
-            (64, 64, 4, 3),
-            (64, 32, 4, 2),
-            (64, 32, 4, 3),
-            (128, 32, 8, 2),
-            (128, 64, 8, 2),
-            (128, 64, 8, 3),
+            (64, 64, 4, 2, _FORMS),
+            (64, 64, 4, 3, _FORMS),
+            (64, 32, 4, 2, _FORMS),
+            (64, 32, 4, 3, _FORMS),
+            (128, 32, 8, 2, _FORMS),
+            (128, 64, 8, 2, _FORMS),
+            (128, 64, 8, 3, _FORMS),
         ),
     ),
     _kernel(
@@ -449,13 +455,14 @@ KERNELS = (
         4,
         6,
         (
-            (32, 128, 8, 2),
-            (32, 128, 8, 3),
-            (32, 64, 4, 2),
-            (64, 64, 8, 2),
-            (64, 128, 8, 1),
-            (64, 128, 8, 2),
-            (64, 64, 4, 1),
+            (32, 128, 8, 2, _FORMS),
+            (32, 128, 8, 3, _FORMS),
+            (32, 64, 4, 2, _FORMS),
+            # with pointers these spill
+            (64, 64, 4, 1, (True,)),
+            (64, 64, 4, 2, (True,)),
+            (64, 128, 8, 1, (True,)),
+            (64, 128, 8, 2, (True,)),
         ),
     ),
 )

@@ -151,26 +151,25 @@ def test_padding_the_head_to_a_power_of_two_takes_more_instructions(arch, rows):
     assert kernel.shape["head_dim"] == 72 and ours["instructions"] < padded["instructions"]
 
 
-@pytest.mark.parametrize("arch", [80, 90, 100])
 @pytest.mark.parametrize("bits", [16, 32])
-def test_candidates_are_configurations(arch, bits):
+def test_candidates_are_configurations(bits):
     """Whole ones, of which launches are made, and none twice."""
     dtype = {16: torch.bfloat16, 32: torch.float32}[bits]
     for module in MODULES:
         for kernel in import_module(f"vlmkern.kernels.{module}").KERNELS:
-            if str(bits) not in _launch.table(kernel.name, arch)["default"]:
+            if str(bits) not in _launch.table(kernel.name, 90)["default"]:
                 continue
             call = kernel.example(dtype, "meta", **kernel.shape)
-            candidates = kernel.candidates
+            candidates = kernel.candidates_for(bits)
             assert candidates and len({tuple(sorted(config.items())) for config in candidates}) == len(candidates)
             for config in candidates:
-                with _launch.forced(kernel.name, config), _launch.recording(arch) as launches:
+                with _launch.forced(kernel.name, config), _launch.recording(90) as launches:
                     call()
                 (launch,) = [launch for launch in launches if launch.kernel is kernel.function]
-                given = launch.constants | launch.options
-                assert {key: given.get(key) for key in config if key != "PROGRAMS"} == {
-                    key: value for key, value in config.items() if key != "PROGRAMS"
-                }
+                # how many programs there are is no constant
+                assert {key: config[key] for key in config if key != "PROGRAMS"}.items() <= (
+                    launch.constants | launch.options
+                ).items()
 
 
 def test_one_kernel_and_target():
