@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import Kernel, Launch, start
+from ._launch import Config, Kernel, Launch, start
 from ._strides import in_elements
 from .attention import (
     PER_CALL,
@@ -411,7 +411,11 @@ def _example(
 
 
 def _kernel(
-    function: Any, products: int, tensors: int, candidates: tuple[tuple[int, int, int, int, tuple[bool, ...]], ...]
+    function: Any,
+    products: int,
+    tensors: int,
+    candidates: tuple[tuple[int, int, int, int, tuple[bool, ...]], ...],
+    wide: tuple[Config, ...],
 ) -> Kernel:
     def cost(size: int, tokens: int, head_dim: int) -> tuple[float, float]:
         heads = 13 * 16
@@ -429,7 +433,7 @@ def _kernel(
         ),
         shapes=tuple({"tokens": 729, "head_dim": d} for d in (64, 96, 128)),
         variants=({}, {"packed": True}),
-        wide_candidates=WIDE_CANDIDATES,
+        wide_candidates=wide,
     )
 
 
@@ -449,6 +453,11 @@ KERNELS = (
             (128, 64, 8, 2, _FORMS),
             (128, 64, 8, 3, _FORMS),
         ),
+        # more elements a thread spill
+        tuple(
+            {"BLOCK_M": m, "BLOCK_N": n, "TMA": False, "num_warps": warps, "num_stages": 1}
+            for m, n, warps in ((32, 32, 8), (32, 16, 4), (16, 32, 4))
+        ),
     ),
     _kernel(
         attention_bwd_dkv_kernel,
@@ -464,5 +473,6 @@ KERNELS = (
             (64, 128, 8, 1, (True,)),
             (64, 128, 8, 2, (True,)),
         ),
+        WIDE_CANDIDATES,
     ),
 )
