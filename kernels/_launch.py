@@ -60,6 +60,8 @@ class Kernel(NamedTuple):
         shape: the keys of a shape and their values in jina-vlm at 13 crops.
         shapes: further shapes worth an entry in the tables.
         candidates: configurations that `vlmkern tune` tries.
+        wide_candidates: those for float32, where they are others: with products that take no tensor cores, blocks are
+            smaller.
         variants: arguments of `example` beside the shape that give other code, to be compiled too.
         cost: (bytes of an element, **shape) -> FLOPs and least bytes moved by the example.
         baseline: a configuration that is compiled for comparison only.
@@ -73,11 +75,16 @@ class Kernel(NamedTuple):
     shapes: tuple[dict[str, int], ...] = ()
     variants: tuple[dict[str, Any], ...] = ({},)
     baseline: Config | None = None
+    wide_candidates: tuple[Config, ...] | None = None
 
     @property
     def name(self) -> str:
         """The Triton function's name, which is also its tables'."""
         return self.function.__name__
+
+    def candidates_for(self, bits: int) -> tuple[Config, ...]:
+        """What `vlmkern tune` tries for elements of a size in bits, 16 or 32."""
+        return self.candidates if bits == 16 or self.wide_candidates is None else self.wide_candidates
 
 
 _recorded: list[Launch] | None = None

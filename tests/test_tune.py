@@ -297,13 +297,13 @@ def test_shipped_tables_are_written_as_tune_writes_them():
 @pytest.mark.parametrize(
     "shape, expected",
     [
-        ({"tokens": 729, "head_dim": 72}, 128),
-        ({"tokens": 1025, "head_dim": 80}, 128),
+        ({"tokens": 729, "head_dim": 72}, True),
+        ({"tokens": 1025, "head_dim": 80}, True),
         # beyond twice the nearest entry's size, and at a head dimension far from any
-        ({"tokens": 9, "head_dim": 72}, 64),
-        ({"tokens": 729, "head_dim": 256}, 64),
+        ({"tokens": 9, "head_dim": 72}, False),
+        ({"tokens": 729, "head_dim": 256}, False),
     ],
 )
 def test_nearest_shape_and_default(shape, expected):
     like = torch.empty(1, dtype=torch.bfloat16, device="meta")
-    assert _launch.select("attention_fwd_kernel", like, True, **shape)["BLOCK_M"] == expected
+    assert _launch.select("attention_fwd_kernel", like, True, **shape)["TMA"] == expected

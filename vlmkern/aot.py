@@ -251,15 +251,15 @@ def _resources(cubin: bytes, arch: int, warps: int, shared: int) -> dict[str, An
 def _serialized(ptx: str) -> bool:
     """Whether the assembler has each warpgroup product wait for the one before it (its note C7515). It is asked again,
     as Triton throws its notes away, and keeps none of a binary from its cache."""
-    from triton import knobs
+    from triton.backends.nvidia.compiler import get_ptxas
 
     if "wgmma.mma_async" not in ptx:
         return False
-    (target,) = re.findall(r"^\.target (sm_\w+)", ptx, re.MULTILINE)
+    ((target, arch),) = re.findall(r"^\.target (sm_(\d+)\w*)", ptx, re.MULTILINE)
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
         file.write(ptx)
         file.flush()
-        command = [knobs.nvidia.ptxas.path, "-v", f"--gpu-name={target}", file.name, "--output-file", os.devnull]
+        command = [get_ptxas(int(arch)).path, "-v", f"--gpu-name={target}", file.name, "--output-file", os.devnull]
         notes = subprocess.run(command, check=True, text=True, capture_output=True)
     return "serialized" in notes.stdout + notes.stderr
 
