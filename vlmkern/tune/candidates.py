@@ -71,7 +71,7 @@ def problems(
 def candidates(problem: Problem, table: dict[str, Any]) -> list[Config]:
     """The configurations to try: the table's default first, those that the kernel names, those of the table."""
     entries = [entry["config"] for entry in table["entries"]]
-    configs = [table["default"][str(problem.bits)], *kernel_of(problem).candidates, *entries]
+    configs = [table["default"][str(problem.bits)], *kernel_of(problem).candidates_for(problem.bits), *entries]
     found: dict[Any, Config] = {}
     for config in configs:
         found.setdefault(config_key(config), config)
