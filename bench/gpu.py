@@ -114,7 +114,7 @@ class Run:
                 return f"time over{self._left(step)}"
             if status == "ended":
                 left = self._left(step)
-                return f"time over{left}" if left else "done"
+                return f"time over{left}" if left or (not self._counts(step) and time.time() > until) else "done"
             fruitless = 0 if self._progress(step) > before else fruitless + 1
             if fruitless == TRIES:
                 return f"failed: {words}"
@@ -143,7 +143,7 @@ class Run:
             tee.close()
         if status == "ended":
             return ("ended", "") if child.returncode == 0 else ("broken", f"status {child.returncode}: {tee.last}")
-        if status == "over" and step.file != "tuning.jsonl":
+        if status == "over" and self._counts(step):
             Ledger(self.out / step.file, self.of).stop()
         return ("over", "") if status == "over" else ("broken", f"no sign of life for {step.quiet:.0f} s")
 
@@ -183,13 +183,17 @@ class Run:
     def _progress(self, step: Step) -> int:
         """A number that grows with what is settled."""
         path = self.out / step.file
-        if step.file == "tuning.jsonl":
+        if not self._counts(step):
             return path.stat().st_size if path.exists() else 0
         ledger = Ledger(path, self.of)
         return len(ledger.results) + sum(len(parts) for parts in ledger.lost.values()) + (ledger.open is not None)
 
+    def _counts(self, step: Step) -> bool:
+        """Whether the step's file is a ledger: tuning has a log of its own."""
+        return step.file != "tuning.jsonl"
+
     def _left(self, step: Step) -> str:
-        if step.file == "tuning.jsonl":
+        if not self._counts(step):
             return ""
         ledger = Ledger(self.out / step.file, self.of)
         return f", {len(ledger.left)} left" if ledger.left else ""

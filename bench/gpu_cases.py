@@ -31,6 +31,9 @@ GRID = (_size(27, 3), _size(27, 3))
 TOKENS = GRID[0] * GRID[1]
 WINDOWS = CROPS * ((GRID[0] + 1) // 2) * ((GRID[1] + 1) // 2)
 
+# what is imported with the models, beyond what the ops need
+MODELS_NEED = ("safetensors", "tokenizers", "PIL")
+
 Provider = Callable[..., Tensor | tuple[Tensor, ...]]
 
 
@@ -104,7 +107,9 @@ def op_entries(dtype: torch.dtype = torch.bfloat16) -> list[Entry]:
 
 
 def block_entries(dtype: torch.dtype = torch.bfloat16) -> list[Entry]:
-    """Those of parts of the model; torch.compile takes minutes over the whole tower."""
+    """Those of parts of the model, if what it needs is there; torch.compile takes minutes over the whole tower."""
+    if not all(_is_there(module) for module in MODELS_NEED):
+        return []
     few, whole = (4, (3, 1)), (_size(27, 4), (-4, _size(-10, -3)))
     return [
         Entry(f"siglip block, {CROPS} crops", partial(block, dtype), ("fwd",)),

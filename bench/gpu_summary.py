@@ -25,6 +25,18 @@ def one_line(unit: str, rows: list[Row]) -> str:
     return f"{unit}: us: {', '.join(parts) or 'none'}{ratio}" + (f"; without {', '.join(missing)}" if missing else "")
 
 
+def tuned_line(case: Any) -> str:
+    """What came of the candidates of one of a kernel's problems, a `vlmkern.tune.Case`."""
+    shape = " ".join(f"{key}={value}" for key, value in case.problem.shape.items())
+    counts = ", ".join(f"{count} {what}" for what, count in case.counts().items() if count)
+    best, default = case.best, case.of_default
+    text = f"{case.problem.kernel}, {case.problem.bits} bits, {shape}: {counts}"
+    if best is not None:
+        text += f"; best {best.time * 1e3:.1f} us"
+        text += f", default {default.time * 1e3:.1f}" if default is not None else ""
+    return text
+
+
 def show(out: Path, of: str, console: Console) -> None:
     """Prints all that there is."""
     run = json.loads((out / "run.json").read_text(encoding="utf-8")) if (out / "run.json").exists() else {"steps": {}}
@@ -43,7 +55,8 @@ def show(out: Path, of: str, console: Console) -> None:
         if "failed" in result:
             console.print(f"[red]{escape(unit)}[/]: {escape(result['failed'])}")
     if (out / "tuning.jsonl").exists():
-        console.print("tuned: `vlmkern tune --from tuning.jsonl` writes the tables")
+        console.print(tuning_table(out / "tuning.jsonl"))
+        console.print("`vlmkern tune --from tuning.jsonl` writes the tables.")
 
 
 def steps_table(steps: dict[str, Row]) -> Table:
@@ -115,6 +128,37 @@ def cases_table(found: dict[str, dict[str, list[Row]]]) -> Table:
             _ratio(compiled, ours.get(" compiled")),
             f"{latest['relative_error']:.0e}" if latest else "",
         )
+    return table
+
+
+def tuning_table(log: Path) -> Table:
+    """The fastest of each kernel's problems, as far as candidates were timed."""
+    best: dict[tuple[str, int, str], list[tuple[float, str]]] = {}
+    rounds: dict[tuple[str, int, str], int] = {}
+    for line in log.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            row = json.loads(line)
+            key = row["kernel"], row["bits"], " ".join(f"{k}={v}" for k, v in row["shape"].items())
+            found, number = (row["ms"], " ".join(f"{k}={v}" for k, v in row["config"].items())), row.get("round", 1)
+        except (ValueError, KeyError, TypeError):
+            continue
+        # times of the second round, where there was one, are the ones that decide
+        if number > rounds.get(key, 1):
+            best[key], rounds[key] = [], number
+        if number == rounds.get(key, 1):
+            best.setdefault(key, []).append(found)
+    table = Table(title="tuned", title_justify="left")
+    for heading, justify in (
+        ("kernel", "left"),
+        ("bits", "right"),
+        ("shape", "left"),
+        ("us", "right"),
+        ("config", "left"),
+    ):
+        table.add_column(heading, justify=justify)
+    for (kernel, bits, shape), times in best.items():
+        milliseconds, config = min(times)
+        table.add_row(kernel, str(bits), shape, f"{milliseconds * 1e3:.1f}", config)
     return table
 
 

@@ -6,7 +6,6 @@ nothing is left that it can do before the time UNTIL, in seconds since the epoch
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import sys
@@ -117,10 +116,13 @@ class Work:
         """Parts of the model; then, if there are tuned tables, the ops again."""
         import gpu_cases
 
-        status = self.cases(gpu_cases.block_entries(), without={"compile"})
+        entries = gpu_cases.block_entries()
+        if not entries:
+            print_line(f"parts of the model are left out: they need {', '.join(gpu_cases.MODELS_NEED)}")
+        status = self.cases(entries, without={"compile"})
         if status or "VLMKERN_TABLES" not in os.environ:
             return status
-        return self.cases(gpu_cases.op_entries(), without={"compile", "eager"}, label=" tuned")
+        return self.cases(gpu_cases.op_entries(), without={"compile"}, label=" tuned")
 
     def compile(self) -> int:
         """What torch.compile has a form of, by it and by us."""
@@ -184,8 +186,9 @@ class Work:
         return 0
 
     def tune(self, *, rest: bool) -> int:
-        """The tables of `TUNED`, or of all kernels, into `OUT/tuning.jsonl`."""
+        """The candidates of `TUNED`, or of all kernels, into `OUT/tuning.jsonl`."""
         import gpu_device
+        import gpu_summary
 
         from vlmkern import tune
 
@@ -199,15 +202,20 @@ class Work:
         else:
             chosen = [(name, shape, 16) for name, shape in TUNED]
         problems = [p for name, shape, bits in chosen for p in tune.problems(arch, name and [name], [bits], shape)]
-        tune.tune(
-            problems,
-            arch,
-            "a rehearsal" if device.rehearsal else tune.source(),
-            log=self.out / self.step.file,
-            device="meta" if device.rehearsal else "cuda",
-            measure=device.measure,
-            seconds=max(0.0, self.until - time.time()),
-        )
+        try:
+            tune.search(
+                problems,
+                arch,
+                source="a rehearsal" if device.rehearsal else tune.source(),
+                log=self.out / self.step.file,
+                device="meta" if device.rehearsal else "cuda",
+                measure=device.measure,
+                seconds=max(0.0, self.until - time.time()),
+                done=lambda case: print_line(gpu_summary.tuned_line(case)),
+            )
+        except tune.DeviceLost as error:
+            print_line(str(error))
+            return LOST
         return 0
 
 
@@ -232,7 +240,7 @@ def describe(device: Any) -> dict[str, Any]:
         "torch": torch.__version__,
         "triton": vlmkern.backends()["triton"]["version"],
         "vlmkern": vlmkern.__version__,
-        "extension": importlib.util.find_spec("vlmkern._C") is not None,
+        "extension": vlmkern.backends()["native"]["available"],
         "cores": os.cpu_count(),
         "date": str(date.today()),
     }

@@ -19,6 +19,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -59,6 +60,8 @@ class Kernel(NamedTuple):
         shape: the keys of a shape and their values in jina-vlm at 13 crops.
         shapes: further shapes worth an entry in the tables.
         candidates: configurations that `vlmkern tune` tries.
+        wide_candidates: those for float32, where they are others: with products that take no tensor cores, blocks are
+            smaller.
         variants: arguments of `example` beside the shape that give other code, to be compiled too.
         cost: (bytes of an element, **shape) -> FLOPs and least bytes moved by the example.
         baseline: a configuration that is compiled for comparison only.
@@ -72,11 +75,16 @@ class Kernel(NamedTuple):
     shapes: tuple[dict[str, int], ...] = ()
     variants: tuple[dict[str, Any], ...] = ({},)
     baseline: Config | None = None
+    wide_candidates: tuple[Config, ...] | None = None
 
     @property
     def name(self) -> str:
         """The Triton function's name, which is also its tables'."""
         return self.function.__name__
+
+    def candidates_for(self, bits: int) -> tuple[Config, ...]:
+        """What `vlmkern tune` tries for elements of a size in bits, 16 or 32."""
+        return self.candidates if bits == 16 or self.wide_candidates is None else self.wide_candidates
 
 
 _recorded: list[Launch] | None = None
@@ -163,9 +171,26 @@ def forced(name: str, config: Config) -> Iterator[None]:
         _forget_plans()
 
 
-def table(name: str, arch: int) -> dict[str, Any]:
-    """The table of a kernel for an architecture that has one."""
-    return json.loads((TABLES / f"sm_{arch}" / f"{name}.json").read_text(encoding="utf-8"))
+def table(name: str, arch: int, folder: str | Path | None = None) -> dict[str, Any]:
+    """The table of a kernel for an architecture that has one: of a folder if it has it, else of that which
+    VLMKERN_TABLES names, else the shipped one.
+
+    Raises:
+        ValueError: VLMKERN_TABLES names no directory, or a table that is not shipped is not one.
+    """
+    shipped = json.loads((TABLES / f"sm_{arch}" / f"{name}.json").read_text(encoding="utf-8"))
+    for other in (folder, _overlay()):
+        path = None if other is None else Path(other) / f"sm_{arch}" / f"{name}.json"
+        if path is not None and path.exists():
+            return _checked(path, shipped)
+    return shipped
+
+
+def fits(config: Any, default: Config) -> bool:
+    """Whether something is a configuration with all that a kernel's default has but for the compiler's options."""
+    if not isinstance(config, dict) or not all(isinstance(value, int) for value in config.values()):
+        return False
+    return bool(default) and default.keys() - set(_OPTIONS) <= config.keys()
 
 
 def rows(name: str, arch: int, bits: int) -> Iterator[tuple[dict[str, int] | None, Config]]:
@@ -207,11 +232,57 @@ class _Aligned(NamedTuple):
 
 
 @functools.cache
+def _overlay() -> Path | None:
+    # once: configurations are kept, and would not follow it
+    named = os.environ.get("VLMKERN_TABLES")
+    if not named:
+        return None
+    if not Path(named).is_dir():
+        raise ValueError(f"VLMKERN_TABLES: got {named!r}, expected a directory of tables, sm_<arch>/<kernel>.json")
+    return Path(named)
+
+
+def _checked(path: Path, shipped: dict[str, Any]) -> dict[str, Any]:
+    """A table that others wrote, which must serve whatever the shipped one serves."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        lacking = _lacking(content, shipped)
+    except (ValueError, RecursionError) as error:
+        lacking = f"is not JSON: {error}"
+    if lacking:
+        raise ValueError(f"{path}: {lacking}")
+    return content
+
+
+def _lacking(content: Any, shipped: dict[str, Any]) -> str:
+    if not isinstance(content, dict) or any(content.get(key) != shipped[key] for key in ("kernel", "arch")):
+        return f"expected the table of {shipped['kernel']} for sm_{shipped['arch']}"
+    defaults, entries = content.get("default"), content.get("entries")
+    if not isinstance(content.get("source"), str) or not isinstance(defaults, dict) or not isinstance(entries, list):
+        return 'expected "source", a text, "default", an object, and "entries", a list'
+    for bits, default in shipped["default"].items():
+        if not fits(defaults.get(bits), default):
+            return f'"default": got {json.dumps(defaults.get(bits))} for {bits} bits, expected one like {default}'
+    for entry in entries:
+        given = entry if isinstance(entry, dict) else {}
+        bits, shape, config = (given.get(key) for key in ("bits", "shape", "config"))
+        if not fits(config, shipped["default"].get(str(bits), {})) or not isinstance(shape, dict) or not shape:
+            return f'"entries": got {json.dumps(entry)}, expected bits, a shape and a configuration as in the default'
+        if not all(isinstance(size, int) and size > 0 for size in shape.values()):
+            return f'"entries": got the shape {json.dumps(shape)}, expected positive integers'
+    return ""
+
+
+@functools.cache
 def _select(name: str, arch: int, bits: int, tma: bool, **shape: int) -> Config:
     nearest, distance = None, math.inf
     for entry, config in rows(name, arch, bits):
         if config.get("TMA") and not tma:
             continue
+        if entry is not None and not entry.keys() <= shape.keys():
+            raise ValueError(
+                f"the table of {name} for sm_{arch}: got an entry for {entry}, expected {', '.join(shape)}"
+            )
         # the default is farther than any entry within reach, and nearer than any other
         away = 1.0 if entry is None else _distance(entry, shape)
         if away < distance:

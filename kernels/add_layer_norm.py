@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ._interpreter import mend
 from ._launch import Config, Kernel, launch, select
+from ._strides import in_elements, in_units
 
 mend()
 
@@ -116,7 +117,7 @@ def _store_normed(
     _store(p_normed, o_row, COLS, rows, b_rows, COL, WIDTH, COLS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "stride_x", "stride_residual"])
 def add_layer_norm_fwd_kernel(
     p_x,
     p_residual,
@@ -128,16 +129,18 @@ def add_layer_norm_fwd_kernel(
     stride_x,
     stride_residual,
     eps,
+    UNIT: tl.constexpr,
     COLS: tl.constexpr,
     LO: tl.constexpr,
     HI: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
-    """x and residual [rows, COLS] of row strides stride_x and stride_residual -> summed = x + residual and its layer
-    norm, both dense; residual, and with it summed, weight [COLS] and bias [COLS] may be None.
+    """x and residual [rows, COLS] of row strides stride_x and stride_residual, in units of UNIT -> summed = x +
+    residual and its layer norm, both dense; residual, and with it summed, weight [COLS] and bias [COLS] may be None.
 
     Grid: blocks of rows. FLOPs: about 10 an element. Bytes: each tensor once.
     """
+    stride_x, stride_residual = in_elements(stride_x, UNIT), in_elements(stride_residual, UNIT)
     o_row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
     b_lo = _add_part(p_x, p_residual, p_summed, o_row, stride_x, stride_residual, rows, 0, LO, COLS)
     b_hi = b_lo
@@ -187,7 +190,7 @@ def _store_gradient(
     _store(p_d_x, o_row, COLS, rows, b_d_x, COL, WIDTH, COLS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "stride_grad", "stride_grad_summed", "stride_summed"])
 def add_layer_norm_bwd_kernel(
     p_grad,
     p_grad_summed,
@@ -201,6 +204,7 @@ def add_layer_norm_bwd_kernel(
     stride_grad_summed,
     stride_summed,
     eps,
+    UNIT: tl.constexpr,
     COLS: tl.constexpr,
     LO: tl.constexpr,
     HI: tl.constexpr,
@@ -208,13 +212,15 @@ def add_layer_norm_bwd_kernel(
     BLOCK_M: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """grad by normed, grad_summed by summed, which may be None, and summed [rows, COLS], of these row strides -> d_x,
-    dense, and with PARAMETERS each program's share of d_weight and d_bias [programs, COLS] in float32.
+    """grad by normed, grad_summed by summed, which may be None, and summed [rows, COLS], of these row strides in units
+    of UNIT -> d_x, dense, and with PARAMETERS each program's share of d_weight and d_bias [programs, COLS] in float32.
 
     The statistics are computed again from the row at hand. Grid: programs, each with every so manieth block of rows, so
     that the shares are few and their sum is always made in the same order. FLOPs: about 20 an element. Bytes: grad,
     grad_summed, summed and d_x once.
     """
+    stride_grad, stride_summed = in_elements(stride_grad, UNIT), in_elements(stride_summed, UNIT)
+    stride_grad_summed = in_elements(stride_grad_summed, UNIT)
     b_d_weight_lo = tl.zeros([1, LO], tl.float32)
     b_d_bias_lo = tl.zeros([1, LO], tl.float32)
     b_d_weight_hi, b_d_bias_hi = b_d_weight_lo, b_d_bias_lo
@@ -269,10 +275,10 @@ def add_layer_norm_fwd(
         rows = _rows(x)
         others = None if residual is None else _rows(residual)
         config = select("add_layer_norm_fwd_kernel", x, cols=x.shape[-1])
-        args = (rows, others, _dense(weight), _dense(bias), normed, summed, len(rows), rows.stride(0))
-        args += (0 if others is None else others.stride(0), eps)
+        unit, strides = in_units(x.dtype, rows.stride(0), 0 if others is None else others.stride(0))
+        args = (rows, others, _dense(weight), _dense(bias), normed, summed, len(rows), *strides, eps)
         grid = (triton.cdiv(len(rows), config["BLOCK_M"]),)
-        launch(add_layer_norm_fwd_kernel, grid, args, config, **_columns(x.shape[-1]))
+        launch(add_layer_norm_fwd_kernel, grid, args, config, UNIT=unit, **_columns(x.shape[-1]))
     return normed, summed
 
 
@@ -288,9 +294,10 @@ def add_layer_norm_bwd(
     config = dict(select("add_layer_norm_bwd_kernel", summed, cols=cols))
     programs = min(config.pop("PROGRAMS"), triton.cdiv(len(rows), config["BLOCK_M"]))
     shares = [summed.new_empty(programs, cols, dtype=torch.float32) if parameters else None for _ in range(2)]
-    args = (d_out, d_summed, rows, _dense(weight), d_x, *shares, len(rows), d_out.stride(0))
-    args += (0 if d_summed is None else d_summed.stride(0), rows.stride(0), eps)
-    launch(add_layer_norm_bwd_kernel, (programs,), args, config, PARAMETERS=parameters, **_columns(cols))
+    given = (d_out, d_summed, rows)
+    unit, strides = in_units(summed.dtype, *(0 if x is None else x.stride(0) for x in given))
+    args = (*given, _dense(weight), d_x, *shares, len(rows), *strides, eps)
+    launch(add_layer_norm_bwd_kernel, (programs,), args, config, PARAMETERS=parameters, UNIT=unit, **_columns(cols))
     return d_x, *(None if share is None else share.sum(0) for share in shares)
 
 

@@ -17,11 +17,20 @@ from torch import Tensor
 
 from ._interpreter import mend
 from ._launch import Kernel, Launch, descriptor, descriptor_fields, planned, select_for, split, start
+from ._strides import in_elements, in_units
 
 mend()
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_HEAD_DIM = 256
+
+# what calls of one model differ by, for which kernels are not to be compiled again
+PER_CALL = (
+    "tokens",
+    "longest",
+    "heads",
+    *(f"stride_{x}{dimension}" for x in "qkv" for dimension in ("b", "", "h")),
+)
 
 _LOG2_E = math.log2(math.e)
 
@@ -170,6 +179,13 @@ def stream_rows(
 
 
 @triton.jit
+def image_head(i_batch, i_head, stride_b, stride_h, UNIT: tl.constexpr):
+    """Where one head of an image starts."""
+    stride_b, stride_h = in_elements(stride_b, UNIT), in_elements(stride_h, UNIT)
+    return i_batch * stride_b + i_head * stride_h
+
+
+@triton.jit
 def _attend(
     b_acc_lo,
     b_acc_hi,
@@ -223,7 +239,7 @@ def _attend(
     return b_acc_lo, b_acc_hi, b_new_max, b_sum
 
 
-@triton.jit
+@triton.jit(do_not_specialize=PER_CALL)
 def attention_fwd_kernel(
     p_q,
     k,
@@ -239,14 +255,14 @@ def attention_fwd_kernel(
     scale,
     stride_qb,
     stride_q,
+    stride_qh,
     stride_kb,
     stride_k,
+    stride_kh,
     stride_vb,
     stride_v,
-    stride_out,
-    STRIDE_QH: tl.constexpr,
-    STRIDE_KH: tl.constexpr,
-    STRIDE_VH: tl.constexpr,
+    stride_vh,
+    UNIT: tl.constexpr,
     D: tl.constexpr,
     LO: tl.constexpr,
     HI: tl.constexpr,
@@ -260,9 +276,11 @@ def attention_fwd_kernel(
     """q, k, v [B, N, H, D] or packed [T, H, D] -> out, dense, and lse [B, H, N] or [H, T], natural logarithm.
 
     Grid: blocks of queries, fastest, then heads, then images. With TMA, k and v are descriptors of [B, H, N, D] and
-    k_hi, v_hi of the same tensors in blocks of HI columns; else pointers, and k_hi, v_hi unused. Head strides are
-    constants: as run-time arguments, strides that are no multiple of 16 cost all asynchronous copies.
+    k_hi, v_hi of the same tensors in blocks of HI columns; else pointers, and k_hi, v_hi unused. Strides of images,
+    tokens and heads are in units of UNIT elements.
     """
+    stride_q, stride_k, stride_v = in_elements(stride_q, UNIT), in_elements(stride_k, UNIT), in_elements(stride_v, UNIT)
+    stride_out = heads * D
     i_program = tl.program_id(0)
     blocks = tl.cdiv(longest, BLOCK_M)
     i_query = i_program % blocks * BLOCK_M
@@ -277,7 +295,7 @@ def attention_fwd_kernel(
     if i_query >= keys:
         return
     i_row = start + i_query
-    p_q_rows = p_q + i_batch.to(tl.int64) * stride_qb + i_row * stride_q + i_head.to(tl.int64) * STRIDE_QH
+    p_q_rows = p_q + image_head(i_batch, i_head, stride_qb, stride_qh, UNIT) + i_row * stride_q
     b_q_lo = load_rows(p_q_rows, stride_q, keys - i_query, 0, 0, D, BLOCK_M, LO, True)
     b_q_hi = b_q_lo
     b_acc_lo = tl.zeros([BLOCK_M, LO], tl.float32)
@@ -287,8 +305,8 @@ def attention_fwd_kernel(
         b_q_hi = load_rows(p_q_rows, stride_q, keys - i_query, HI_COL, LO, D, BLOCK_M, HI, True)
         b_acc_hi = tl.zeros([BLOCK_M, HI], tl.float32)
     if not TMA:
-        k += i_batch.to(tl.int64) * stride_kb + start * stride_k + i_head.to(tl.int64) * STRIDE_KH
-        v += i_batch.to(tl.int64) * stride_vb + start * stride_v + i_head.to(tl.int64) * STRIDE_VH
+        k += image_head(i_batch, i_head, stride_kb, stride_kh, UNIT) + start * stride_k
+        v += image_head(i_batch, i_head, stride_vb, stride_vh, UNIT) + start * stride_v
     # the lowest that is finite: the difference of two infinities would be NaN
     b_max = tl.full([BLOCK_M], -3.4028234663852886e38, tl.float32)
     b_sum = tl.zeros([BLOCK_M], tl.float32)
@@ -366,10 +384,9 @@ def plan(
     lo = config.pop("LO", max(16, 1 << head_dim.bit_length() - 1))
     hi = 0 if head_dim <= lo else max(16, 1 << (head_dim - lo - 1).bit_length())
     blocks = -(-longest // config[block])
+    unit, in_unit = in_units(dtype, *(stride for x in strides for stride in (0 if packed else x[0], x[-3], x[-2])))
     constants = {
-        "STRIDE_QH": strides[0][-2],
-        "STRIDE_KH": strides[1][-2],
-        "STRIDE_VH": strides[2][-2],
+        "UNIT": unit,
         "D": head_dim,
         "LO": lo,
         "HI": hi,
@@ -396,8 +413,7 @@ def plan(
             heads,
             # masked scores are -inf, which a factor of zero would turn into NaN; kernels multiply by its size
             max(abs(scale), 1e-30) * _LOG2_E,
-            *(stride for x in strides for stride in (0 if packed else x[0], x[-3])),
-            heads * head_dim,
+            *in_unit,
         ),
         *split(config, constants),
         descriptors,
@@ -455,6 +471,12 @@ def _cost(size: int, tokens: int, head_dim: int) -> tuple[float, float]:
     return 4 * heads * tokens**2 * head_dim, 4 * heads * tokens * head_dim * size
 
 
+# of float32, whose products are unrolled multiply-adds: larger blocks are thousands of instructions, and spill
+WIDE_CANDIDATES = tuple(
+    {"BLOCK_M": m, "BLOCK_N": n, "TMA": False, "num_warps": warps, "num_stages": 1}
+    for m, n, warps in ((32, 32, 8), (32, 32, 4), (32, 64, 8), (64, 32, 8))
+)
+
 KERNELS = (
     Kernel(
         attention_fwd_kernel,
@@ -463,20 +485,27 @@ KERNELS = (
         _cost,
         tuple(
             {"BLOCK_M": m, "BLOCK_N": n, "TMA": tma, "num_warps": warps, "num_stages": stages, **limit}
-            for m, n, warps, limit in (
-                (128, 64, 8, {"maxnreg": 128}),
-                (64, 64, 4, {"maxnreg": 128}),
-                (64, 64, 4, {}),
-                (128, 64, 4, {}),
-                (128, 128, 8, {}),
-                (64, 128, 4, {}),
+            # pointers take registers that descriptors do not
+            for m, n, warps, stages, forms, limit in (
+                (64, 128, 4, 2, (False, True), {}),
+                (128, 128, 8, 2, (False, True), {}),
+                (128, 128, 8, 3, (False, True), {}),
+                (128, 64, 8, 2, (False, True), {"maxnreg": 128}),
+                (128, 64, 8, 3, (False, True), {"maxnreg": 128}),
+                (128, 64, 4, 2, (False, True), {}),
+                (128, 64, 4, 3, (True,), {}),
+                (64, 64, 4, 2, (False, True), {}),
+                (64, 64, 4, 3, (False, True), {}),
+                (64, 64, 4, 2, (True,), {"maxnreg": 128}),
+                (64, 64, 4, 3, (True,), {"maxnreg": 128}),
+                (64, 64, 4, 2, (False,), {"maxnreg": 168}),
             )
-            for stages in (2, 3)
-            for tma in (False, True)
+            for tma in forms
         ),
         shapes=(*({"tokens": 729, "head_dim": d} for d in (64, 96, 128)), {"tokens": 1025, "head_dim": 64}),
         variants=({}, {"packed": True}),
         # the head padded to a power of two, as kernels do that do not split it
         baseline={"LO": 128, "BLOCK_M": 128, "BLOCK_N": 64, "TMA": False, "num_warps": 8, "num_stages": 2},
+        wide_candidates=WIDE_CANDIDATES,
     ),
 )

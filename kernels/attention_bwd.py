@@ -20,8 +20,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import Kernel, Launch, start
-from .attention import clear_gaps, fused_qkv, load_rows, plan, segment, store_rows, stream_rows
+from ._launch import Config, Kernel, Launch, start
+from ._strides import in_elements
+from .attention import (
+    PER_CALL,
+    WIDE_CANDIDATES,
+    clear_gaps,
+    fused_qkv,
+    image_head,
+    load_rows,
+    plan,
+    segment,
+    store_rows,
+    stream_rows,
+)
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
 _LN_2 = tl.constexpr(0.6931471805599453)
@@ -86,7 +98,7 @@ def _by_query(
     return b_dq_lo, b_dq_hi
 
 
-@triton.jit
+@triton.jit(do_not_specialize=PER_CALL)
 def attention_bwd_dq_kernel(
     p_grad,
     p_q,
@@ -105,14 +117,14 @@ def attention_bwd_dq_kernel(
     scale,
     stride_qb,
     stride_q,
+    stride_qh,
     stride_kb,
     stride_k,
+    stride_kh,
     stride_vb,
     stride_v,
-    stride_out,
-    STRIDE_QH: tl.constexpr,
-    STRIDE_KH: tl.constexpr,
-    STRIDE_VH: tl.constexpr,
+    stride_vh,
+    UNIT: tl.constexpr,
     D: tl.constexpr,
     LO: tl.constexpr,
     HI: tl.constexpr,
@@ -123,7 +135,10 @@ def attention_bwd_dq_kernel(
     BLOCK_N: tl.constexpr,
     TMA: tl.constexpr,
 ):
-    """grad and out (dense), q, k, v, lse -> dq, dense, and delta, shaped like lse. Grid, k and v as the forward's."""
+    """grad and out (dense), q, k, v, lse -> dq, dense, and delta, shaped like lse. Grid, strides, k and v as the
+    forward's."""
+    stride_q, stride_k, stride_v = in_elements(stride_q, UNIT), in_elements(stride_k, UNIT), in_elements(stride_v, UNIT)
+    stride_out = heads * D
     i_program = tl.program_id(0)
     blocks = tl.cdiv(longest, BLOCK_M)
     i_query = i_program % blocks * BLOCK_M
@@ -141,7 +156,7 @@ def attention_bwd_dq_kernel(
     rows = keys - i_query
     i_row = start + i_query
     i_dense = (i_batch * tokens * (not PACKED) + i_row) * stride_out + i_head * D
-    p_q_rows = p_q + i_batch * stride_qb + i_row * stride_q + i_head.to(tl.int64) * STRIDE_QH
+    p_q_rows = p_q + image_head(i_batch, i_head, stride_qb, stride_qh, UNIT) + i_row * stride_q
     b_q_lo = load_rows(p_q_rows, stride_q, rows, 0, 0, D, BLOCK_M, LO, True)
     b_do_lo = load_rows(p_grad + i_dense, stride_out, rows, 0, 0, D, BLOCK_M, LO, True)
     b_out_lo = load_rows(p_out + i_dense, stride_out, rows, 0, 0, D, BLOCK_M, LO, True)
@@ -161,8 +176,8 @@ def attention_bwd_dq_kernel(
     tl.store(p_delta + i_statistics + o_row, b_delta, mask=o_row < rows)
 
     if not TMA:
-        k += i_batch * stride_kb + start * stride_k + i_head.to(tl.int64) * STRIDE_KH
-        v += i_batch * stride_vb + start * stride_v + i_head.to(tl.int64) * STRIDE_VH
+        k += image_head(i_batch, i_head, stride_kb, stride_kh, UNIT) + start * stride_k
+        v += image_head(i_batch, i_head, stride_vb, stride_vh, UNIT) + start * stride_v
     i_image = i_batch.to(tl.int32)
     # a tail of its own spares the other blocks their masks; float32 needs the registers that two copies take
     whole = keys // BLOCK_N * BLOCK_N if SPLIT_TAIL else 0
@@ -242,7 +257,7 @@ def _by_key(
     return b_dk_lo, b_dk_hi, b_dv_lo, b_dv_hi
 
 
-@triton.jit
+@triton.jit(do_not_specialize=PER_CALL)
 def attention_bwd_dkv_kernel(
     grad,
     q,
@@ -261,14 +276,14 @@ def attention_bwd_dkv_kernel(
     scale,
     stride_qb,
     stride_q,
+    stride_qh,
     stride_kb,
     stride_k,
+    stride_kh,
     stride_vb,
     stride_v,
-    stride_out,
-    STRIDE_QH: tl.constexpr,
-    STRIDE_KH: tl.constexpr,
-    STRIDE_VH: tl.constexpr,
+    stride_vh,
+    UNIT: tl.constexpr,
     D: tl.constexpr,
     LO: tl.constexpr,
     HI: tl.constexpr,
@@ -281,6 +296,8 @@ def attention_bwd_dkv_kernel(
 ):
     """grad (dense), q, k, v, lse, delta -> dk and dv, dense. Grid: blocks of keys, heads, images. With TMA, grad and q
     are descriptors as the forward's k and v."""
+    stride_q, stride_k, stride_v = in_elements(stride_q, UNIT), in_elements(stride_k, UNIT), in_elements(stride_v, UNIT)
+    stride_out = heads * D
     i_program = tl.program_id(0)
     blocks = tl.cdiv(longest, BLOCK_N)
     i_key = i_program % blocks * BLOCK_N
@@ -303,8 +320,8 @@ def attention_bwd_dkv_kernel(
     i_row = start + i_key
     i_first = (i_batch * tokens * (not PACKED) + start) * stride_out + i_head * D
     i_dense = i_first + tl.cast(i_key, tl.int64) * stride_out
-    p_k_rows = p_k + i_batch * stride_kb + i_row * stride_k + i_head.to(tl.int64) * STRIDE_KH
-    p_v_rows = p_v + i_batch * stride_vb + i_row * stride_v + i_head.to(tl.int64) * STRIDE_VH
+    p_k_rows = p_k + image_head(i_batch, i_head, stride_kb, stride_kh, UNIT) + i_row * stride_k
+    p_v_rows = p_v + image_head(i_batch, i_head, stride_vb, stride_vh, UNIT) + i_row * stride_v
     b_k_lo = load_rows(p_k_rows, stride_k, rows, 0, 0, D, BLOCK_N, LO, True)
     b_v_lo = load_rows(p_v_rows, stride_v, rows, 0, 0, D, BLOCK_N, LO, True)
     b_dk_lo = tl.zeros([BLOCK_N, LO], tl.float32)
@@ -317,7 +334,7 @@ def attention_bwd_dkv_kernel(
         b_dk_hi = tl.zeros([BLOCK_N, HI], tl.float32)
         b_dv_hi = tl.zeros([BLOCK_N, HI], tl.float32)
     if not TMA:
-        q += i_batch * stride_qb + start * stride_q + i_head.to(tl.int64) * STRIDE_QH
+        q += image_head(i_batch, i_head, stride_qb, stride_qh, UNIT) + start * stride_q
         grad += i_first
     i_image = i_batch.to(tl.int32)
     i_statistics = (i_batch * heads * (not PACKED) + i_head) * tokens + start
@@ -393,7 +410,13 @@ def _example(
     return lambda: attention_bwd(grad, q, k, v, out, lse, head_dim**-0.5, bounds, longest)
 
 
-def _kernel(function: Any, products: int, tensors: int, candidates: tuple[tuple[int, int, int, int], ...]) -> Kernel:
+def _kernel(
+    function: Any,
+    products: int,
+    tensors: int,
+    candidates: tuple[tuple[int, int, int, int, tuple[bool, ...]], ...],
+    wide: tuple[Config, ...],
+) -> Kernel:
     def cost(size: int, tokens: int, head_dim: int) -> tuple[float, float]:
         heads = 13 * 16
         return 2 * products * heads * tokens**2 * head_dim, tensors * heads * tokens * head_dim * size
@@ -404,26 +427,36 @@ def _kernel(function: Any, products: int, tensors: int, candidates: tuple[tuple[
         {"tokens": 729, "head_dim": 72},
         cost,
         tuple(
-            {"BLOCK_M": m, "BLOCK_N": n, "num_warps": warps, "num_stages": stages} for m, n, warps, stages in candidates
+            {"BLOCK_M": m, "BLOCK_N": n, "TMA": tma, "num_warps": warps, "num_stages": stages}
+            for m, n, warps, stages, forms in candidates
+            for tma in forms
         ),
         shapes=tuple({"tokens": 729, "head_dim": d} for d in (64, 96, 128)),
         variants=({}, {"packed": True}),
+        wide_candidates=wide,
     )
 
 
+# pointers and descriptors
+_FORMS = (False, True)
 KERNELS = (
     _kernel(
         attention_bwd_dq_kernel,
         3,
         6,
         (
-            (64, 64, 4, 2),
-            (64, 64, 4, 3),
-            (64, 32, 4, 2),
-            (64, 32, 4, 3),
-            (128, 32, 8, 2),
-            (128, 64, 8, 2),
-            (128, 64, 8, 3),
+            (64, 64, 4, 2, _FORMS),
+            (64, 64, 4, 3, _FORMS),
+            (64, 32, 4, 2, _FORMS),
+            (64, 32, 4, 3, _FORMS),
+            (128, 32, 8, 2, _FORMS),
+            (128, 64, 8, 2, _FORMS),
+            (128, 64, 8, 3, _FORMS),
+        ),
+        # more elements a thread spill
+        tuple(
+            {"BLOCK_M": m, "BLOCK_N": n, "TMA": False, "num_warps": warps, "num_stages": 1}
+            for m, n, warps in ((32, 32, 8), (32, 16, 4), (16, 32, 4))
         ),
     ),
     _kernel(
@@ -431,13 +464,15 @@ KERNELS = (
         4,
         6,
         (
-            (32, 128, 8, 2),
-            (32, 128, 8, 3),
-            (32, 64, 4, 2),
-            (64, 64, 8, 2),
-            (64, 128, 8, 1),
-            (64, 128, 8, 2),
-            (64, 64, 4, 1),
+            (32, 128, 8, 2, _FORMS),
+            (32, 128, 8, 3, _FORMS),
+            (32, 64, 4, 2, _FORMS),
+            # with pointers these spill
+            (64, 64, 4, 1, (True,)),
+            (64, 64, 4, 2, (True,)),
+            (64, 128, 8, 1, (True,)),
+            (64, 128, 8, 2, (True,)),
         ),
+        WIDE_CANDIDATES,
     ),
 )

@@ -32,11 +32,19 @@ from torch import Tensor
 
 from ._interpreter import mend
 from ._launch import Config, Kernel, launch, select
+from ._strides import in_elements, in_units
 
 mend()
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_FEATURES = 4
+
+# what calls of one model differ by, for which kernels are not to be compiled again
+PER_CALL = (
+    "windows",
+    "all_windows",
+    *(f"stride_{feature}{dimension}" for feature in range(MAX_FEATURES) for dimension in "tn"),
+)
 
 
 @triton.jit
@@ -82,10 +90,10 @@ def feature_at(p_0, p_1, p_2, p_3, i_feature):
 
 
 @triton.jit
-def stride_at(stride_0, stride_1, stride_2, stride_3, i_feature):
-    """The i_feature-th of the strides, some of which may be constants."""
+def stride_at(stride_0, stride_1, stride_2, stride_3, i_feature, UNIT: tl.constexpr):
+    """The i_feature-th of the strides, in elements."""
     low = tl.where(i_feature == 0, stride_0, stride_1)
-    return tl.where(i_feature < 2, low, tl.where(i_feature == 2, stride_2, stride_3)).to(tl.int64)
+    return in_elements(tl.where(i_feature < 2, low, tl.where(i_feature == 2, stride_2, stride_3)), UNIT)
 
 
 @triton.jit
@@ -99,7 +107,7 @@ def _padded(b_x, p_kind, p_pad, i_patch, m_patch, o_col, m_col, width, HAS_PAD: 
     return b_x
 
 
-@triton.jit
+@triton.jit(do_not_specialize=PER_CALL)
 def attention_pool_fwd_slots_kernel(
     p_0,
     p_1,
@@ -112,7 +120,6 @@ def attention_pool_fwd_slots_kernel(
     p_slots,
     windows,
     all_windows,
-    blocks,
     stride_0t,
     stride_0n,
     stride_1t,
@@ -121,6 +128,7 @@ def attention_pool_fwd_slots_kernel(
     stride_2n,
     stride_3t,
     stride_3n,
+    UNIT: tl.constexpr,
     L: tl.constexpr,
     C: tl.constexpr,
     ROWS: tl.constexpr,
@@ -133,18 +141,19 @@ def attention_pool_fwd_slots_kernel(
     BLOCK_W: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """L features [T, N, C] -> mean [W, L*C] and, if wanted, slots [W*J, L*C], dense. Grid: blocks of a feature's
-    columns, fastest, then features, then blocks of windows. Each slot is read once."""
+    """L features [T, N, C] of strides in units of UNIT -> mean [W, L*C] and, if wanted, slots [W*J, L*C], dense. Grid:
+    blocks of a feature's columns, fastest, then features, then blocks of windows. Each slot is read once."""
+    BLOCKS: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     i_program = tl.program_id(0)
-    i_feature = i_program // blocks % L
-    o_col = i_program % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
+    i_feature = i_program // BLOCKS % L
+    o_col = i_program % BLOCKS * BLOCK_C + tl.arange(0, BLOCK_C)
     m_col = o_col < C
-    o_window = i_program // (blocks * L) * BLOCK_W + tl.arange(0, BLOCK_W)
+    o_window = i_program // (BLOCKS * L) * BLOCK_W + tl.arange(0, BLOCK_W)
     m_window = o_window < windows
     i_window = window_number(p_keep, o_window, windows, all_windows, HAS_KEEP)
     p_x = feature_at(p_0, p_1, p_2, p_3, i_feature)
-    stride_t = stride_at(stride_0t, stride_1t, stride_2t, stride_3t, i_feature)
-    stride_n = stride_at(stride_0n, stride_1n, stride_2n, stride_3n, i_feature)
+    stride_t = stride_at(stride_0t, stride_1t, stride_2t, stride_3t, i_feature, UNIT)
+    stride_n = stride_at(stride_0n, stride_1n, stride_2n, stride_3n, i_feature, UNIT)
     J: tl.constexpr = WINDOW_ROWS * WINDOW_COLS
     o_wide = i_feature * C + o_col
     b_sum = tl.zeros([BLOCK_W, BLOCK_C], tl.float32)
@@ -164,7 +173,7 @@ def attention_pool_fwd_slots_kernel(
     tl.store(p_out, (b_sum / J).to(p_mean.dtype.element_ty), mask=m_window[:, None] & m_col[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=PER_CALL)
 def attention_pool_fwd_kernel(
     p_q,
     p_kv,
@@ -301,10 +310,11 @@ class Windows(NamedTuple):
         return self.features[0].shape[2] * len(self.features)
 
     @property
-    def sources(self) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-        """Features and their strides, as many as kernels have arguments for."""
+    def sources(self) -> tuple[tuple[Tensor, ...], tuple[int, ...], int]:
+        """Features and their strides, as many as kernels have arguments for, and what these are in units of."""
         padded = [*self.features, *self.features[:1] * (MAX_FEATURES - len(self.features))]
-        return tuple(padded), tuple(stride for x in padded for stride in x.stride()[:2])
+        unit, strides = in_units(padded[0].dtype, *(stride for x in padded for stride in x.stride()[:2]))
+        return tuple(padded), strides, unit
 
     @property
     def constants(self) -> dict[str, Any]:
@@ -334,7 +344,7 @@ def slots(windows: Windows, *, write: bool) -> tuple[Tensor, Tensor | None]:
     channels = first.shape[2]
     config = select("attention_pool_fwd_slots_kernel", first, windows=count, channels=channels)
     blocks = -(-channels // config["BLOCK_C"])
-    tensors, strides = windows.sources
+    tensors, strides, unit = windows.sources
     launch(
         attention_pool_fwd_slots_kernel,
         (-(-count // config["BLOCK_W"]) * len(windows.features) * blocks,),
@@ -347,10 +357,10 @@ def slots(windows: Windows, *, write: bool) -> tuple[Tensor, Tensor | None]:
             written,
             count,
             windows.of_all_tiles,
-            blocks,
             *strides,
         ),
         config,
+        UNIT=unit,
         L=len(windows.features),
         C=channels,
         HAS_KEEP=windows.keep is not None,

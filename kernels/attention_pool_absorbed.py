@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ._launch import Kernel, launch, select
 from .attention_pool import (
+    PER_CALL,
     Windows,
     blocks,
     example_windows,
@@ -24,7 +25,7 @@ from .attention_pool import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=PER_CALL)
 def attention_pool_fwd_absorbed_kernel(
     p_q,
     p_0,
@@ -47,6 +48,7 @@ def attention_pool_fwd_absorbed_kernel(
     stride_2n,
     stride_3t,
     stride_3n,
+    UNIT: tl.constexpr,
     L: tl.constexpr,
     C: tl.constexpr,
     H: tl.constexpr,
@@ -63,8 +65,8 @@ def attention_pool_fwd_absorbed_kernel(
     BLOCK_C: tl.constexpr,
 ):
     """Queries times W_K [W, H, L*C] and the features -> the features pooled [W, H, L*C], dense; the keys' bias [H*DK]
-    counts where it is not finite. Grid: heads, fastest, then blocks of windows. The features are read twice, the second
-    time from a cache."""
+    counts where it is not finite. Strides are in units of UNIT. Grid: heads, fastest, then blocks of windows. The
+    features are read twice, the second time from a cache."""
     i_head = tl.program_id(0) % H
     o_window = tl.program_id(0) // H * BLOCK_W + tl.arange(0, BLOCK_W)
     m_window = o_window < windows
@@ -81,8 +83,8 @@ def attention_pool_fwd_absorbed_kernel(
     b_s = tl.zeros([BLOCK_W, J_PADDED], tl.float32)
     for i_feature in tl.static_range(L):
         p_x = feature_at(p_0, p_1, p_2, p_3, i_feature)
-        stride_t = stride_at(stride_0t, stride_1t, stride_2t, stride_3t, i_feature)
-        stride_n = stride_at(stride_0n, stride_1n, stride_2n, stride_3n, i_feature)
+        stride_t = stride_at(stride_0t, stride_1t, stride_2t, stride_3t, i_feature, UNIT)
+        stride_n = stride_at(stride_0n, stride_1n, stride_2n, stride_3n, i_feature, UNIT)
         p_rows = p_x + i_tile * stride_t + i_patch * stride_n  # [BW, J]
         for i_c in range(0, C, BLOCK_C):
             o_col = i_c + tl.arange(0, BLOCK_C)
@@ -96,8 +98,8 @@ def attention_pool_fwd_absorbed_kernel(
     b_p = softmax_slots(b_s, scale, o_slot, J)
     for i_feature in tl.static_range(L):
         p_x = feature_at(p_0, p_1, p_2, p_3, i_feature)
-        stride_t = stride_at(stride_0t, stride_1t, stride_2t, stride_3t, i_feature)
-        stride_n = stride_at(stride_0n, stride_1n, stride_2n, stride_3n, i_feature)
+        stride_t = stride_at(stride_0t, stride_1t, stride_2t, stride_3t, i_feature, UNIT)
+        stride_n = stride_at(stride_0n, stride_1n, stride_2n, stride_3n, i_feature, UNIT)
         p_rows = p_x + i_tile * stride_t + i_patch * stride_n
         for i_c in range(0, C, BLOCK_C):
             o_col = i_c + tl.arange(0, BLOCK_C)
@@ -127,7 +129,7 @@ def absorbed(q: Tensor, b_k: Tensor | None, windows: Windows, scale: float) -> T
     first = windows.features[0]
     config = select("attention_pool_fwd_absorbed_kernel", q, windows=count, channels=first.shape[2])
     config = tiled(config, "BLOCK_C", windows.slots)
-    tensors, strides = windows.sources
+    tensors, strides, unit = windows.sources
     launch(
         attention_pool_fwd_absorbed_kernel,
         (-(-count // config["BLOCK_W"]) * heads,),
@@ -145,6 +147,7 @@ def absorbed(q: Tensor, b_k: Tensor | None, windows: Windows, scale: float) -> T
             *strides,
         ),
         config,
+        UNIT=unit,
         L=len(windows.features),
         C=first.shape[2],
         H=heads,

@@ -16,10 +16,10 @@ import triton.language as tl
 from torch import Tensor
 
 from ._launch import Kernel, launch, select
-from .attention_pool import Windows, blocks, example_windows, softmax_slots, tiled, trace_of_bias
+from .attention_pool import PER_CALL, Windows, blocks, example_windows, softmax_slots, tiled, trace_of_bias
 
 
-@triton.jit
+@triton.jit(do_not_specialize=PER_CALL)
 def attention_pool_bwd_kernel(
     p_q,
     p_kv,
@@ -101,7 +101,7 @@ def attention_pool_bwd_kernel(
         tl.store(p_dkv + i_k, b_dk.to(p_dkv.dtype.element_ty), mask=m_k)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["windows", "steps", "i_feature"])
 def attention_pool_bwd_scatter_kernel(
     p_slots,
     p_mean,
@@ -109,26 +109,27 @@ def attention_pool_bwd_scatter_kernel(
     p_order,
     p_out,
     windows,
-    blocks,
-    width,
-    first,
+    steps,
+    i_feature,
+    L: tl.constexpr,
     C: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
     WINDOW_ROWS: tl.constexpr,
     WINDOW_COLS: tl.constexpr,
     HAS_KEEP: tl.constexpr,
-    STEPS: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Gradients by slots [W*J, width] and by means [W, width], the columns from `first` on -> those by one feature's
-    patches [T*N, C], dense. Grid: blocks of columns, fastest, then patches.
+    """Gradients by slots [W*J, L*C] and by means [W, L*C] -> those by the i_feature-th feature's patches [T*N, C],
+    dense. Grid: blocks of columns, fastest, then patches.
 
-    With HAS_KEEP, `sorted` are the kept windows in order and `order` where each of them was; 2^STEPS > W.
+    With HAS_KEEP, `sorted` are the kept windows in order and `order` where each of them was; 2^steps > W.
     """
-    i_patch = (tl.program_id(0) // blocks).to(tl.int64)
-    o_col = tl.program_id(0) % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
+    BLOCKS: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
+    i_patch = (tl.program_id(0) // BLOCKS).to(tl.int64)
+    o_col = tl.program_id(0) % BLOCKS * BLOCK_C + tl.arange(0, BLOCK_C)
     m_col = o_col < C
+    o_wide = i_feature * C + o_col
     J: tl.constexpr = WINDOW_ROWS * WINDOW_COLS
     ACROSS: tl.constexpr = (COLS + WINDOW_COLS - 1) // WINDOW_COLS
     DOWN: tl.constexpr = (ROWS + WINDOW_ROWS - 1) // WINDOW_ROWS
@@ -141,8 +142,8 @@ def attention_pool_bwd_scatter_kernel(
     if HAS_KEEP:
         # the first of the sorted windows that is not below this patch's, and the first that is above
         begin, end = i_window * 0, i_window * 0
-        for i_step in tl.static_range(STEPS):
-            step = 1 << (STEPS - 1 - i_step)
+        for i_step in tl.range(0, steps, num_stages=1):
+            step = 1 << (steps - 1 - i_step)
             i_begin, i_end = begin + step, end + step
             low = tl.load(p_sorted + i_begin - 1, mask=i_begin <= windows, other=1 << 62)
             high = tl.load(p_sorted + i_end - 1, mask=i_end <= windows, other=1 << 62)
@@ -153,8 +154,8 @@ def attention_pool_bwd_scatter_kernel(
         i_source = tl.cast(i_kept, tl.int64)
         if HAS_KEEP:
             i_source = tl.load(p_order + i_kept)
-        b_x += tl.load(p_slots + (i_source * J + i_slot) * width + first + o_col, mask=m_col, other=0).to(tl.float32)
-        b_x += tl.load(p_mean + i_source * width + first + o_col, mask=m_col, other=0).to(tl.float32) / J
+        b_x += tl.load(p_slots + (i_source * J + i_slot) * (L * C) + o_wide, mask=m_col, other=0).to(tl.float32)
+        b_x += tl.load(p_mean + i_source * (L * C) + o_wide, mask=m_col, other=0).to(tl.float32) / J
     tl.store(p_out + i_patch * C + o_col, b_x.to(p_out.dtype.element_ty), mask=m_col)
 
 
@@ -203,11 +204,11 @@ def scatter(
     launch(
         attention_pool_bwd_scatter_kernel,
         (tiles * patches * blocks,),
-        (d_slots, d_mean, kept, order, out, windows.count, blocks, windows.width, feature * channels),
+        (d_slots, d_mean, kept, order, out, windows.count, windows.count.bit_length(), feature),
         config,
+        L=len(windows.features),
         C=channels,
         HAS_KEEP=kept is not None,
-        STEPS=windows.count.bit_length(),
         **constants,
     )
     return out

@@ -26,6 +26,7 @@ from ._launch import (
     split,
     start,
 )
+from ._strides import in_elements, in_units
 
 mend()
 
@@ -109,7 +110,7 @@ def _hidden_tile(
         tl.store(p_tile, b_hidden, mask=(o_row < rows)[:, None] & (o_col < features)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "stride_x"])
 def swiglu_mlp_fwd_kernel(
     x,
     w_up,
@@ -119,6 +120,7 @@ def swiglu_mlp_fwd_kernel(
     channels,
     features,
     stride_x,
+    UNIT: tl.constexpr,
     STRIDE_W: tl.constexpr,
     BIAS: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -129,8 +131,8 @@ def swiglu_mlp_fwd_kernel(
     TMA: tl.constexpr,
     PERSISTENT: tl.constexpr,
 ):
-    """x [rows, channels] and w_up [2 * features, channels] = [value | gate], of row strides stride_x and STRIDE_W, and
-    with BIAS p_bias [2 * features] -> hidden [rows, features], dense.
+    """x [rows, channels] and w_up [2 * features, channels] = [value | gate], of row strides stride_x, in units of UNIT,
+    and STRIDE_W, and with BIAS p_bias [2 * features] -> hidden [rows, features], dense.
 
     With TMA, x and hidden are descriptors of their shapes and w_up one of [2, features, channels], in blocks of both
     halves; else pointers. Grid: tiles of `hidden`, or with PERSISTENT fewer programs that go through them, the copies
@@ -138,6 +140,7 @@ def swiglu_mlp_fwd_kernel(
 
     FLOPs: 4 * rows * channels * features. Least bytes: x, w_up and hidden once.
     """
+    stride_x = in_elements(stride_x, UNIT)
     if PERSISTENT:
         tiles = tl.cdiv(rows, BLOCK_M) * tl.cdiv(features, BLOCK_N)
         for i_tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
@@ -152,16 +155,17 @@ def swiglu_mlp_fwd_kernel(
         )  # fmt: skip
 
 
-@triton.jit
-def silu_mul_fwd_kernel(p_up, p_out, cols, blocks, stride_up, BLOCK: tl.constexpr):
-    """up [rows, 2 * cols] = [value | gate] of row stride stride_up -> silu(gate) * value [rows, cols], dense.
+@triton.jit(do_not_specialize=["blocks", "stride_up"])
+def silu_mul_fwd_kernel(p_up, p_out, cols, blocks, stride_up, UNIT: tl.constexpr, BLOCK: tl.constexpr):
+    """up [rows, 2 * cols] = [value | gate] of row stride stride_up, in units of UNIT -> silu(gate) * value
+    [rows, cols], dense.
 
     Grid: blocks of columns, fastest, then rows. FLOPs: 5 an element of the result. Bytes: 3 elements each.
     """
     i_row = (tl.program_id(0) // blocks).to(tl.int64)
     o_col = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
     m_col = o_col < cols
-    p_row = p_up + i_row * stride_up
+    p_row = p_up + i_row * in_elements(stride_up, UNIT)
     b_value = tl.load(p_row + o_col, mask=m_col, other=0).to(tl.float32)
     b_gate = tl.load(p_row + cols + o_col, mask=m_col, other=0).to(tl.float32)
     # rounded to the tensor's dtype before the product, as eager torch does
@@ -169,8 +173,10 @@ def silu_mul_fwd_kernel(p_up, p_out, cols, blocks, stride_up, BLOCK: tl.constexp
     tl.store(p_out + i_row * cols + o_col, (b_silu * b_value).to(p_out.dtype.element_ty), mask=m_col)
 
 
-@triton.jit
-def swiglu_mlp_bwd_kernel(p_grad, p_up, p_grad_up, p_hidden, cols, blocks, stride_up, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["blocks", "stride_up"])
+def swiglu_mlp_bwd_kernel(
+    p_grad, p_up, p_grad_up, p_hidden, cols, blocks, stride_up, UNIT: tl.constexpr, BLOCK: tl.constexpr
+):
     """grad [rows, cols] and up as above -> grad_up [rows, 2 * cols] and the forward's result again, dense.
 
     Grid: blocks of columns, fastest, then rows. FLOPs: 14 an element of grad. Bytes: 6 elements each.
@@ -178,7 +184,7 @@ def swiglu_mlp_bwd_kernel(p_grad, p_up, p_grad_up, p_hidden, cols, blocks, strid
     i_row = (tl.program_id(0) // blocks).to(tl.int64)
     o_col = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
     m_col = o_col < cols
-    p_row = p_up + i_row * stride_up
+    p_row = p_up + i_row * in_elements(stride_up, UNIT)
     b_value = tl.load(p_row + o_col, mask=m_col, other=0).to(tl.float32)
     b_gate = tl.load(p_row + cols + o_col, mask=m_col, other=0).to(tl.float32)
     b_grad = tl.load(p_grad + i_row * cols + o_col, mask=m_col, other=0).to(tl.float32)
@@ -195,6 +201,7 @@ class _Plan(NamedTuple):
     """All of a launch but its tensors; the fields of descriptors of x, w_up and hidden, where it takes any."""
 
     grid: tuple[int]
+    sizes: tuple[int, ...]
     constants: dict[str, Any]
     options: dict[str, Any]
     descriptors: tuple[dict[str, Any], ...]
@@ -227,9 +234,12 @@ def _plan(
             ([2, features, channels], [features * stride_w, stride_w, 1], [2, block_n, block_k]),
             ([rows, features], [features, 1], [block_m, block_n]),
         )
+    unit, in_unit = in_units(dtype, stride_x)
+    constants = {"UNIT": unit, "STRIDE_W": stride_w, "BIAS": bias, "EVEN_K": channels % block_k == 0}
     return _Plan(
         (min(tiles, _multiprocessors(device)) if config["PERSISTENT"] else tiles,),
-        *split(config, {"STRIDE_W": stride_w, "BIAS": bias, "EVEN_K": channels % block_k == 0}),
+        (rows, channels, features, *in_unit),
+        *split(config, constants),
         tuple(descriptor_fields(dtype, *fields) for fields in blocks),
     )
 
@@ -252,13 +262,13 @@ def swiglu_mlp_fwd(x: Tensor, w_up: Tensor, b_up: Tensor | None) -> Tensor:
     features = len(w_up) // 2
     hidden = x.new_empty(rows, features)
     aligned = (x.data_ptr() | w_up.data_ptr()) % 16 == 0
-    sizes = (rows, channels, features, x.stride(0))
-    how = _plan(*sizes, w_up.stride(0), b_up is not None, x.dtype, x.device, aligned)
+    strides = x.stride(0), w_up.stride(0)
+    how = _plan(rows, channels, features, *strides, b_up is not None, x.dtype, x.device, aligned)
     tensors = (x, w_up, hidden)
     if how.descriptors:
         tensors = tuple(descriptor(fields, tensor) for fields, tensor in zip(how.descriptors, tensors, strict=True))
     # without a bias, any tensor in its place: `start` asks the first for its device
-    args = (*tensors[:2], hidden if b_up is None else b_up.contiguous(), tensors[2], *sizes)
+    args = (*tensors[:2], hidden if b_up is None else b_up.contiguous(), tensors[2], *how.sizes)
     start(Launch(swiglu_mlp_fwd_kernel, how.grid, args, how.constants, how.options))
     return hidden
 
@@ -271,7 +281,9 @@ def silu_mul(up: Tensor) -> Tensor:
     if out.numel():
         config = select("silu_mul_fwd_kernel", up, rows=len(rows), features=cols)
         blocks = triton.cdiv(cols, config["BLOCK"])
-        launch(silu_mul_fwd_kernel, (len(rows) * blocks,), (rows, out, cols, blocks, rows.stride(0)), config)
+        unit, strides = in_units(up.dtype, rows.stride(0))
+        args = (rows, out, cols, blocks, *strides)
+        launch(silu_mul_fwd_kernel, (len(rows) * blocks,), args, config, UNIT=unit)
     return out
 
 
@@ -283,8 +295,9 @@ def silu_mul_bwd(grad: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     if hidden.numel():
         config = select("swiglu_mlp_bwd_kernel", grad, rows=rows, features=cols)
         blocks = triton.cdiv(cols, config["BLOCK"])
-        args = (grad, up, grad_up, hidden, cols, blocks, up.stride(0))
-        launch(swiglu_mlp_bwd_kernel, (rows * blocks,), args, config)
+        unit, strides = in_units(up.dtype, up.stride(0))
+        args = (grad, up, grad_up, hidden, cols, blocks, *strides)
+        launch(swiglu_mlp_bwd_kernel, (rows * blocks,), args, config, UNIT=unit)
     return grad_up, hidden
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from importlib import import_module
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from vlmkern.aot import Job, _serialized, compile_launch, jobs, report
+from vlmkern.aot import MODULES, Job, _serialized, compile_launch, jobs, report
 from vlmkern.kernels import _launch, add_layer_norm, attention
 from vlmkern.kernels._launch import Launch
 
@@ -89,9 +90,8 @@ def test_warpgroup_products_overlap_on_hopper(rows):
 
 
 @triton.jit
-def product(x, w, p_out, columns, SOME: tl.constexpr, SIZE: tl.constexpr, STEP: tl.constexpr):
-    if SOME:
-        tl.assume(columns > 0)
+def product(x, w, p_out, columns, SIZE: tl.constexpr, STEP: tl.constexpr):
+    tl.assume(columns > 0)
     b_acc = tl.zeros([SIZE, SIZE], tl.float32)
     for i_col in range(0, columns, STEP):
         b_acc = tl.dot(x.load([0, i_col]), w.load([0, i_col]).T, b_acc)
@@ -99,14 +99,14 @@ def product(x, w, p_out, columns, SOME: tl.constexpr, SIZE: tl.constexpr, STEP: 
     tl.store(p_out + o[:, None] * SIZE + o[None, :], b_acc)
 
 
-@pytest.mark.parametrize("some", [True, False])
-def test_products_in_series_are_recognised(some):
-    """As they are where a loop may have nothing to do."""
+@pytest.mark.parametrize("limit, serialized", [({}, False), ({"maxnreg": 128}, True)])
+def test_products_in_series_are_recognised(limit, serialized):
+    """As they are where a thread has no more registers than the sums take, 128."""
     x = TensorDescriptor(torch.empty(128, 512, dtype=torch.bfloat16, device="meta"), [128, 512], [512, 1], [128, 64])
     out = torch.empty(128, 128, device="meta")
-    constants, options = {"SOME": some, "SIZE": 128, "STEP": 64}, {"num_warps": 8, "num_stages": 3}
+    constants, options = {"SIZE": 128, "STEP": 64}, {"num_warps": 4, "num_stages": 3, **limit}
     compiled = compile_launch(Launch(product, (1,), (x, x, out, 512), constants, options), 90)
-    assert _serialized(compiled.asm["ptx"]) is not some
+    assert _serialized(compiled.asm["ptx"]) is serialized
 
 
 def test_compiling_leaves_the_driver_as_it_was():
@@ -140,22 +140,40 @@ def test_attention_keeps_two_blocks_a_multiprocessor(rows):
 
 
 @pytest.mark.parametrize("arch", [80, 90])
-def test_padding_the_head_to_a_power_of_two_takes_more_instructions(arch):
+def test_padding_the_head_to_a_power_of_two_takes_more_instructions(arch, rows):
     """In blocks of one size, whether or not the tables have a configuration of it."""
     (kernel,) = attention.KERNELS
+    (padded,) = [row for row in rows if (row["kernel"], row["arch"], row["shipped"]) == (kernel.name, arch, False)]
+    assert padded["config"] == kernel.baseline
     split = {key: value for key, value in kernel.baseline.items() if key != "LO"}
-    ours, padded = report(
-        [
-            Job("attention", kernel.name, arch, 16, kernel.shape, {}, config, shipped=False)
-            for config in (split, kernel.baseline)
-        ]
-    )
+    (ours,) = report([Job("attention", kernel.name, arch, 16, kernel.shape, {}, split, shipped=False)])
     assert kernel.shape["head_dim"] == 72 and ours["instructions"] < padded["instructions"]
 
 
+@pytest.mark.parametrize("bits", [16, 32])
+def test_candidates_are_configurations(bits):
+    """Whole ones, of which launches are made, and none twice."""
+    dtype = {16: torch.bfloat16, 32: torch.float32}[bits]
+    for module in MODULES:
+        for kernel in import_module(f"vlmkern.kernels.{module}").KERNELS:
+            if str(bits) not in _launch.table(kernel.name, 90)["default"]:
+                continue
+            call = kernel.example(dtype, "meta", **kernel.shape)
+            candidates = kernel.candidates_for(bits)
+            assert candidates and len({tuple(sorted(config.items())) for config in candidates}) == len(candidates)
+            for config in candidates:
+                with _launch.forced(kernel.name, config), _launch.recording(90) as launches:
+                    call()
+                (launch,) = [launch for launch in launches if launch.kernel is kernel.function]
+                # how many programs there are is no constant
+                assert {key: config[key] for key in config if key != "PROGRAMS"}.items() <= (
+                    launch.constants | launch.options
+                ).items()
+
+
 def test_one_kernel_and_target():
-    rows = aot("--arch", "90", "--kernel", "attention_bwd_dq_kernel")
-    assert rows and {(row["kernel"], row["arch"]) for row in rows} == {("attention_bwd_dq_kernel", 90)}
+    rows = aot("--arch", "90", "--kernel", "silu_mul_fwd_kernel")
+    assert rows and {(row["kernel"], row["arch"]) for row in rows} == {("silu_mul_fwd_kernel", 90)}
 
 
 def test_errors():

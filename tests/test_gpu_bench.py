@@ -71,6 +71,12 @@ def test_parts_of_the_model_with_and_without_transformers(make, theirs, monkeypa
     assert all(row["relative_error"] < 1e-4 for row in rows)
 
 
+def test_without_what_the_models_need_there_are_the_ops(monkeypatch):
+    assert gpu_cases.op_entries() and gpu_cases.block_entries()
+    monkeypatch.setattr(gpu_cases, "_is_there", lambda module: module != "tokenizers")
+    assert gpu_cases.op_entries() and gpu_cases.block_entries() == []
+
+
 def test_torch_has_all_that_a_card_is_asked():
     """What a rehearsal cannot go through, as far as names go."""
     tree = ast.parse(inspect.getsource(gpu_device.Cuda))

@@ -132,7 +132,7 @@ def test_more_threads_than_there_is_work(name):
 
 
 def test_tensors_shorter_than_the_first():
-    """The functions of vlmkern.native trust their callers with shapes; the extension does not."""
+    """The functions of the native providers trust their callers with shapes; the extension does not."""
     from native_calls import attention, attention_bwd, attention_pool
 
     q, short = torch.randn(1, 40, 2, 8), torch.randn(1, 30, 2, 8)

@@ -34,8 +34,8 @@ MODULES = (
 )
 
 # a streaming multiprocessor's shared memory in KiB, of which 1 goes to the system for every block
-_SHARED_KIB = {80: 164, 90: 228, 100: 228}
-_REGISTERS, _THREADS, _BLOCKS = 65536, 2048, 32
+SHARED_KIB = {80: 164, 90: 228, 100: 228}
+REGISTERS, _THREADS, _BLOCKS = 65536, 2048, 32
 
 
 class Job(NamedTuple):
@@ -79,11 +79,7 @@ def report(tasks: Sequence[Job], done: Callable[[dict[str, Any]], None] = lambda
     Raises:
         BackendUnavailable: Triton or the disassembler that it carries is missing, or kernels are interpreted here.
     """
-    from . import BackendUnavailable
-
-    if interpreting():
-        raise BackendUnavailable("kernels cannot be compiled while TRITON_INTERPRET is set: unset it")
-    _cuobjdump()
+    check_compiler()
     rows = []
     # each with a driver of its own; a fork would copy locks of torch's threads
     workers = min(len(tasks), os.cpu_count() or 1)
@@ -96,20 +92,27 @@ def report(tasks: Sequence[Job], done: Callable[[dict[str, Any]], None] = lambda
     return rows
 
 
+def check_compiler() -> None:
+    """Does nothing where kernels can be compiled.
+
+    Raises:
+        BackendUnavailable: Triton or the disassembler that it carries is missing, or kernels are interpreted here.
+    """
+    from . import BackendUnavailable
+
+    if interpreting():
+        raise BackendUnavailable("kernels cannot be compiled while TRITON_INTERPRET is set: unset it")
+    _cuobjdump()
+
+
 def compile_job(job: Job) -> dict[str, Any] | None:
     """The report of one configuration; None where the variant does not take it."""
     import torch
 
-    from .kernels import _launch
-
     (kernel,) = (entry for module, entry in _kernels() if entry.name == job.kernel)
     dtype = {16: torch.bfloat16, 32: torch.float32}[job.bits]
-    call = kernel.example(dtype, "meta", **job.shape, **job.variant)
-    with _launch.forced(job.kernel, job.config), _launch.recording(job.arch) as launches:
-        call()
-    launch = next(launch for launch in launches if launch.kernel is kernel.function)
-    given = launch.constants | launch.options
-    if any(given.get(key, value) != value for key, value in job.config.items()):
+    launch = record_launch(kernel, kernel.example(dtype, "meta", **job.shape, **job.variant), job.config, job.arch)
+    if launch is None:
         return None
     compiled = compile_launch(launch, job.arch)
     return {
@@ -122,6 +125,18 @@ def compile_job(job: Job) -> dict[str, Any] | None:
         "serialized": _serialized(compiled.asm["ptx"]),
         "shipped": job.shipped,
     }
+
+
+def record_launch(kernel: Any, call: Callable[[], Any], config: dict[str, Any], arch: int) -> Any:
+    """The launch of a kernel that a call of its example makes in a configuration, with the tables of an architecture;
+    None where it takes another configuration in its place."""
+    from .kernels import _launch
+
+    with _launch.forced(kernel.name, config), _launch.recording(arch) as launches:
+        call()
+    launch = next(launch for launch in launches if launch.kernel is kernel.function)
+    given = launch.constants | launch.options
+    return launch if all(given.get(key, value) == value for key, value in config.items()) else None
 
 
 def compile_launch(launch: Any, arch: int) -> Any:
@@ -185,32 +200,46 @@ def _configurations(kernel: Any, arch: int, bits: int) -> Iterator[tuple[dict[st
         yield kernel.shape, kernel.baseline, False
 
 
-def _resources(cubin: bytes, arch: int, warps: int, shared: int) -> dict[str, Any]:
+def register_usage(cubin: bytes) -> tuple[int, int]:
+    """Registers of a thread, and bytes of local memory on its stack, which is where registers are spilled to."""
+    (usage,) = _dumps(cubin, "--dump-resource-usage")
+    ((registers, stack),) = re.findall(r"\bREG:(\d+) STACK:(\d+)", usage)
+    return int(registers), int(stack)
+
+
+def block_registers(registers: int, warps: int) -> int:
+    """Of a block, which a multiprocessor has 65,536 for: they are given to warps in steps of 256."""
+    return -(-registers * 32 // 256) * 256 * warps
+
+
+def _dumps(cubin: bytes, *flags: str) -> list[str]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        usage, sass = (
+        return [
             subprocess.run([_cuobjdump(), flag, file.name], check=True, text=True, capture_output=True).stdout
-            for flag in ("--dump-resource-usage", "-sass")
-        )
-    (registers,) = re.findall(r"\bREG:(\d+)", usage)
+            for flag in flags
+        ]
+
+
+def _resources(cubin: bytes, arch: int, warps: int, shared: int) -> dict[str, Any]:
+    registers, _ = register_usage(cubin)
+    (sass,) = _dumps(cubin, "-sass")
     # a line is an address in a comment, at times a predicate, and the instruction
     code = Counter(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)", sass, re.MULTILINE))
 
     def count(pattern: str) -> int:
         return sum(n for name, n in code.items() if re.match(pattern, name))
 
-    # registers are given to warps in steps of 256
-    per_warp = -(-int(registers) * 32 // 256) * 256
     return {
-        "registers": int(registers),
+        "registers": registers,
         "spill_bytes": sum(n * _width(name) for name, n in code.items() if re.match(r"(STL|LDL)\b", name)),
         "shared_bytes": shared,
         "ctas_per_sm": min(
             _BLOCKS,
-            _REGISTERS // (per_warp * warps),
+            REGISTERS // block_registers(registers, warps),
             _THREADS // (32 * warps),
-            _SHARED_KIB[arch] * 1024 // (shared + 1024),
+            SHARED_KIB[arch] * 1024 // (shared + 1024),
         ),
         "instructions": sum(code.values()),
         "mma": {name: n for name, n in sorted(code.items()) if re.match(r"(HGMMA|HMMA|QGMMA|UTC\w*MMA)\b", name)},
@@ -222,15 +251,15 @@ def _resources(cubin: bytes, arch: int, warps: int, shared: int) -> dict[str, An
 def _serialized(ptx: str) -> bool:
     """Whether the assembler has each warpgroup product wait for the one before it (its note C7515). It is asked again,
     as Triton throws its notes away, and keeps none of a binary from its cache."""
-    from triton import knobs
+    from triton.backends.nvidia.compiler import get_ptxas
 
     if "wgmma.mma_async" not in ptx:
         return False
-    (target,) = re.findall(r"^\.target (sm_\w+)", ptx, re.MULTILINE)
+    ((target, arch),) = re.findall(r"^\.target (sm_(\d+)\w*)", ptx, re.MULTILINE)
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
         file.write(ptx)
         file.flush()
-        command = [knobs.nvidia.ptxas.path, "-v", f"--gpu-name={target}", file.name, "--output-file", os.devnull]
+        command = [get_ptxas(int(arch)).path, "-v", f"--gpu-name={target}", file.name, "--output-file", os.devnull]
         notes = subprocess.run(command, check=True, text=True, capture_output=True)
     return "serialized" in notes.stdout + notes.stderr
 

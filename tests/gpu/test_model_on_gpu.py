@@ -6,19 +6,18 @@ from dataclasses import replace
 
 import pytest
 import torch
-from gpu_cases import DEVICE
+from gpu_cases import DEVICE, MODELS_NEED
 
 import vlmkern
-
-pytest.importorskip("safetensors", reason="the models read checkpoints")
-pytest.importorskip("tokenizers", reason="the models have processors")
-
-from vlmkern.models.jina_vlm import JinaVLM, JinaVLMConfig
 
 pytestmark = pytest.mark.gpu
 
 
 def test_rows_of_images_and_greedy_tokens():
+    for module in MODELS_NEED:
+        pytest.importorskip(module)
+    from vlmkern.models.jina_vlm import JinaVLM, JinaVLMConfig
+
     config = JinaVLMConfig.tiny()
     if DEVICE.rehearsal:
         config = replace(config, vision=replace(config.vision, image_size=(70, 70)))

@@ -1,9 +1,11 @@
-"""The `vlmkern` command. Exit status: 0 done, 2 bad input (one line on stderr), 130 interrupted."""
+"""The `vlmkern` command. Exit status: 0 done, 2 bad input (one line on stderr), 3 a GPU that a candidate of `tune` made
+unusable for the process, 130 interrupted."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import reprlib
 import sys
@@ -102,8 +104,17 @@ def _parser() -> argparse.ArgumentParser:
     aot.add_argument("--arch", type=int, choices=(80, 90, 100), help="compute capability (default: all)")
     aot.add_argument("--kernel", metavar="NAME", help="the Triton function's name (default: all)")
 
-    tune = add("tune", _tune, "Time every kernel's candidates on this machine's GPU and rewrite its tables.")
-    tune.add_argument("--kernel", metavar="NAME", help="the Triton function's name (default: all)")
+    tune = add("tune", _tune, "Time kernels' candidates on this machine's GPU and put the fastest into their tables.")
+    tune.add_argument("--kernel", action="append", metavar="NAME", help="the Triton function's name; may be repeated")
+    tune.add_argument("--bits", action="append", type=int, choices=(16, 32), help="of an element; may be repeated")
+    tune.add_argument("--shape", type=_shape, metavar="KEY=N,...", help="problems alone that agree in these keys")
+    tune.add_argument("--arch", type=int, choices=(80, 90, 100), help="with --dry-run (default: this machine's GPU's)")
+    tune.add_argument("--dry-run", action="store_true", help="compile and count, time and write nothing; needs no GPU")
+    tune.add_argument("--log", metavar="FILE", help="what became of each candidate; goes on where it was left")
+    tune.add_argument("--from", dest="from_log", metavar="LOG", help="write tables from a log alone; needs no GPU")
+    tune.add_argument("--seconds", type=_seconds, metavar="S", help="begin nothing new after them")
+    tune.add_argument("--tables", metavar="DIR", help="write there, for VLMKERN_TABLES (default: the shipped tables)")
+    tune.add_argument("--workers", type=_workers, metavar="N", help="processes that compile (default: one a processor)")
 
     info = add("info", _info, "Backends, versions and this machine.")
     info.add_argument("--ops", action="store_true", help="also which backend computes which op, by dtype")
@@ -116,6 +127,27 @@ def _count(text: str) -> int:
 
 def _tiles(text: str) -> int:
     return _integer(text, 1, MOST_TILES)
+
+
+def _workers(text: str) -> int:
+    return _integer(text, 1)
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"got {reprlib.repr(text)}, expected a positive number")
+    return value
+
+
+def _shape(text: str) -> dict[str, int]:
+    pairs = [part.partition("=") for part in text.split(",")]
+    if not all(key and value.isascii() and value.isdecimal() for key, _, value in pairs):
+        raise argparse.ArgumentTypeError(f"got {reprlib.repr(text)}, expected KEY=N,..., e.g. head_dim=72,tokens=729")
+    return {key: int(value) for key, _, value in pairs}
 
 
 def _integer(text: str, low: int, high: int | None = None) -> int:
@@ -166,7 +198,7 @@ def _aot(options: argparse.Namespace) -> list[dict[str, Any]]:
     return run(options)
 
 
-def _tune(options: argparse.Namespace) -> list[dict[str, Any]]:
+def _tune(options: argparse.Namespace) -> dict[str, Any]:
     from .tune import run
 
     return run(options)

@@ -1,0 +1,224 @@
+"""Kernels are compiled for a model, not for its inputs: new numbers of images, tokens, segments, windows and rows, and
+new layouts of the same alignment, find the binaries of those before them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from triton import knobs
+
+from vlmkern.aot import compile_launch
+from vlmkern.kernels import _launch, add_layer_norm, attention_pool_absorbed, attention_pool_bwd, swiglu_mlp
+from vlmkern.kernels import attention as attention_fwd
+from vlmkern.kernels import attention_bwd as attention_bwd
+from vlmkern.kernels import attention_pool as pool
+from vlmkern.kernels import linear as epilogue
+
+DTYPES = (torch.bfloat16, torch.float32)
+ATTENTION = ("attention_fwd_kernel", "attention_bwd_dq_kernel", "attention_bwd_dkv_kernel")
+# Triton's own rules tell 1 and multiples of 16 from the rest
+COUNTS = (1, 2, 13, 16, 37, 64, 256, 729, 1024, 4093)
+
+
+def compilations(calls: Iterable[Callable[[], Any]], dtype: torch.dtype, tma: bool = False) -> Counter[str]:
+    """How often each kernel is compiled for these calls, one after the other, in one configuration."""
+    found = set()
+
+    def seen(key, fn, **_):
+        found.add((fn.name.rsplit(".", 1)[-1], key))
+        # nothing needs the binary
+        return True
+
+    with ExitStack() as stack:
+        for kernel in (*ATTENTION, "swiglu_mlp_fwd_kernel"):
+            configs = [config for _, config in _launch.rows(kernel, 90, dtype.itemsize * 8) if config["TMA"] == tma]
+            if configs:
+                stack.enter_context(_launch.forced(kernel, configs[-1]))
+        launches = stack.enter_context(_launch.recording(90))
+        for call in calls:
+            call()
+    before, knobs.runtime.jit_cache_hook = knobs.runtime.jit_cache_hook, seen
+    try:
+        for launch in launches:
+            compile_launch(launch, 90)
+    finally:
+        knobs.runtime.jit_cache_hook = before
+    return Counter(name for name, _ in found)
+
+
+def empty(*shape, dtype):
+    return torch.empty(*shape, dtype=dtype, device="meta")
+
+
+def once(*names):
+    return dict.fromkeys(names, 1)
+
+
+def attention(q, k, v, bounds=None, longest=None):
+    out, lse = attention_fwd.attention_fwd(q, k, v, 0.1, bounds, longest)
+    attention_bwd.attention_bwd(out, q, k, v, out, lse, 0.1, bounds, longest)
+
+
+def layouts(images, tokens, heads, head_dim, dtype):
+    """q, k and v [B, N, H, D] as views of all that projections write."""
+    yield empty(images, tokens, 3, heads, head_dim, dtype=dtype).unbind(2)
+    yield empty(images, tokens, heads, 3, head_dim, dtype=dtype).unbind(3)
+    yield [empty(images, tokens, heads, head_dim, dtype=dtype)] * 3
+    yield [empty(images, heads, tokens, head_dim, dtype=dtype).transpose(1, 2)] * 3
+    yield empty(3, images, heads, tokens, head_dim, dtype=dtype).transpose(2, 3).unbind(0)
+    yield [empty(tokens, images, heads, head_dim, dtype=dtype).transpose(0, 1)] * 3
+
+
+@pytest.mark.parametrize("dtype, tma", [(torch.bfloat16, False), (torch.bfloat16, True), (torch.float32, False)])
+@pytest.mark.parametrize("head_dim", [64, 72])
+def test_attention(head_dim, dtype, tma):
+    calls = [
+        lambda qkv=qkv: attention(*qkv)
+        for images, heads in ((1, 16), (13, 16), (16, 16), (3, 1), (2, 25))
+        for tokens in COUNTS
+        for qkv in layouts(images, tokens, heads, head_dim, dtype)
+    ]
+    assert compilations(calls, dtype, tma) == once(*ATTENTION)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_packed_attention(dtype):
+    calls = []
+    for segments, longest in ((1, 1), (1, 16), (3, 729), (13, 729), (16, 1024), (37, 41), (400, 64)):
+        tokens = segments * longest - segments // 2
+        for qkv in layouts(1, tokens, 16, 72, dtype):
+            bounds = torch.empty(segments + 1, dtype=torch.int32, device="meta")
+            packed = [x[0] for x in qkv]
+            calls += [lambda args=(*packed, bounds, longest): attention(*args)]
+            calls += [lambda args=(*packed, bounds, None): attention(*args)]
+    assert compilations(calls, dtype) == once(*ATTENTION)
+
+
+@pytest.mark.parametrize("dtype, units", [(torch.bfloat16, 4), (torch.float32, 3)])
+def test_attention_compiles_for_the_alignment_of_strides(dtype, units):
+    """Of all strides together, which is a power of two up to 16 bytes."""
+    calls = []
+    for width in range(72, 105):
+        x = empty(2, 729, 16, width, dtype=dtype)[..., :72]
+        calls.append(lambda x=x: attention(x, x, x))
+    # tensors of other strides are not for descriptors
+    assert compilations(calls, dtype) == dict.fromkeys(ATTENTION, units)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("padded", [False, True])
+def test_attention_pool_of_all_windows(padded, dtype):
+    calls = []
+    for tiles in COUNTS[:-2]:
+        kind = torch.empty(tiles, 729, dtype=torch.uint8, device="meta") if padded else None
+        pad_embed = empty(2, 2 * 1152, dtype=dtype) if padded else None
+        for features in (
+            [empty(tiles, 729, 1152, dtype=dtype) for _ in range(2)],
+            empty(tiles, 729, 2, 1152, dtype=dtype).unbind(2),
+            empty(tiles, 730, 2, 1152 + 8, dtype=dtype)[:, 1:, :, 8:].unbind(2),
+        ):
+            calls += _pool_calls(pool.Windows(list(features), [27, 27], [2, 2], None, kind, pad_embed))
+    assert compilations(calls, dtype) == _pooled(features=2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("channels", [72, 1152])
+def test_attention_pool_of_kept_windows(channels, dtype):
+    calls = []
+    for tiles in (1, 13, 16):
+        features = [empty(tiles, 729, channels, dtype=dtype)] * 3
+        for count in COUNTS:
+            keep = torch.empty(count, dtype=torch.int64, device="meta")
+            calls += _pool_calls(pool.Windows(features, [27, 27], [2, 2], keep, None, None))
+    assert compilations(calls, dtype) == _pooled(features=3)
+
+
+def _pool_calls(windows, heads=16, head_dim=72):
+    dtype = windows.features[0].dtype
+    count, columns = windows.count, heads * head_dim
+    q, grad = (empty(count, columns, dtype=dtype) for _ in range(2))
+    of_slots = empty(count * windows.slots, 2 * columns, dtype=dtype)
+    of_patches = empty(windows.features[0].shape[:2].numel(), 2 * columns, dtype=dtype)
+    wide, d_slots = empty(count, 1, windows.width, dtype=dtype), empty(count * 4, windows.width, dtype=dtype)
+    bias = empty(2 * columns, dtype=dtype)
+    pad_kv = None if windows.kind is None else empty(2, 2 * columns, dtype=dtype)
+    yield lambda: pool.slots(windows, write=True)
+    yield lambda: pool.context(q, of_slots, bias, None, windows, heads, 0.1, gathered=True)
+    yield lambda: pool.context(q, of_patches, bias, pad_kv, windows, heads, 0.1, gathered=False)
+    yield lambda: attention_pool_absorbed.absorbed(wide, bias[:columns], windows, 0.1)
+    yield lambda: attention_pool_bwd.context_bwd(q, of_slots, bias, grad, windows.slots, heads, 0.1)
+    kept = attention_pool_bwd.sorted_windows(windows)
+    for feature in range(len(windows.features)):
+        yield lambda feature=feature: attention_pool_bwd.scatter(d_slots, wide[:, 0], windows, *kept, feature)
+
+
+def _pooled(features):
+    names = ("fwd_slots", "fwd_absorbed", "bwd", "bwd_scatter")
+    # slots side by side, and where they are
+    return once(*(f"attention_pool_{name}_kernel" for name in names)) | {"attention_pool_fwd_kernel": 2}
+
+
+@pytest.mark.parametrize("dtype, tma", [(torch.bfloat16, False), (torch.bfloat16, True), (torch.float32, False)])
+def test_swiglu_mlp(dtype, tma):
+    calls = []
+    weights, bias = empty(2 * 6144, 1152, dtype=dtype), empty(2 * 6144, dtype=dtype)
+    for rows in COUNTS:
+        grad = empty(rows, 6144, dtype=dtype)
+        for width in (0, 8, 16, 1152):
+            x, up = (empty(rows, cols + width, dtype=dtype)[:, :cols] for cols in (1152, 2 * 6144))
+            calls += [
+                lambda up=up: swiglu_mlp.silu_mul(up),
+                lambda *args, g=grad, up=up: swiglu_mlp.silu_mul_bwd(g, up),
+            ]
+            if swiglu_mlp.takes(x, weights):
+                calls.append(lambda x=x: swiglu_mlp.swiglu_mlp_fwd(x, weights, bias))
+    product = ["swiglu_mlp_fwd_kernel"] if dtype == torch.bfloat16 else []
+    assert compilations(calls, dtype, tma) == once("silu_mul_fwd_kernel", "swiglu_mlp_bwd_kernel", *product)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("cols", [1152, 4304])
+def test_linear(cols, dtype):
+    calls = []
+    bias = empty(cols, dtype=dtype)
+    for rows in COUNTS:
+        y = empty(rows, cols, dtype=dtype)
+        calls.append(lambda y=y: epilogue.activation_bwd_(y, y, bias, "gelu_tanh"))
+        for width in (0, 8, 16, 1152):
+            residual = empty(rows, cols + width, dtype=dtype)[:, :cols]
+            calls.append(lambda y=y, residual=residual: epilogue.finish_(y, bias, "gelu_tanh", residual))
+    assert compilations(calls, dtype) == once("linear_fwd_kernel", "linear_bwd_kernel")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_add_layer_norm(dtype):
+    calls = []
+    weight = empty(1152, dtype=dtype)
+    for rows in COUNTS:
+        for width in (0, 8, 16, 1152):
+            x = empty(rows, 1152 + width, dtype=dtype)[:, :1152]
+            dense = empty(rows, 1152, dtype=dtype)
+            calls += [
+                lambda x=x, dense=dense: add_layer_norm.add_layer_norm_fwd(x, dense, weight, weight, 1e-6),
+                lambda x=x, dense=dense: add_layer_norm.add_layer_norm_bwd(dense, x, x, weight, 1e-6, True),
+                # as of a sum
+                lambda x=x: add_layer_norm.add_layer_norm_bwd(x[:1].expand_as(x), x, x, weight, 1e-6, True),
+            ]
+    assert compilations(calls, dtype) == once("add_layer_norm_fwd_kernel", "add_layer_norm_bwd_kernel")
+
+
+def test_widths_are_compiled_for():
+    """They are a model's, and their alignment decides how wide loads may be."""
+    calls = []
+    for cols in (1144, 1152, 4304, 4309):
+        y = empty(37, cols, dtype=torch.bfloat16)
+        calls.append(lambda y=y: epilogue.activation_bwd_(y, y, None, "silu"))
+    assert compilations(calls, torch.bfloat16) == {"linear_bwd_kernel": 2}
