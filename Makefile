@@ -85,7 +85,7 @@ gpu:
 
 # the op tests on an extension built with AddressSanitizer and UndefinedBehaviorSanitizer, for each instruction set
 sanitize: setup
-	cmake -S . -B build/sanitize -DVLMKERN_SANITIZE=ON -DVLMKERN_CUDA=OFF -DCMAKE_BUILD_TYPE=Debug \
+	cmake -S . -B build/sanitize -DVLMKERN_SANITIZE=ON -DCMAKE_BUILD_TYPE=Debug \
 	  -DPython_EXECUTABLE=$(abspath $(BIN)/python) -Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir)
 	cmake --build build/sanitize --parallel
 	$(BIN)/python tests/sanitize.py build/sanitize
