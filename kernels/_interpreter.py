@@ -2,7 +2,7 @@
 
 The interpreter keeps bfloat16 blocks as 16-bit integers. As of triton 3.6 to 3.9 a dot of such blocks
 multiplies bit patterns, arithmetic and reductions work on bit patterns, and float32 -> bfloat16 truncates.
-After `mend()`, dots widen to float32, casts round to nearest even, and what would still work on bit
+After `patch_interpreter()`, dots widen to float32, casts round to nearest even, and what would still work on bit
 patterns raises instead of returning wrong numbers: kernels cast to float32 first, as they would for speed.
 """
 
@@ -19,20 +19,20 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "y", "yes")
 
 
-def mend() -> None:
+def patch_interpreter() -> None:
     """Applies the corrections once; does nothing unless kernels are interpreted."""
     if not interpreting():
         return
     from triton.runtime import interpreter
 
     builder = interpreter.InterpreterBuilder
-    if getattr(builder, "_vlmkern_mended", False):
+    if getattr(builder, "_vlmkern_patched", False):
         return
-    builder._vlmkern_mended = True
-    _mend_casts(interpreter, builder)
-    _mend_dot(interpreter, builder)
+    builder._vlmkern_patched = True
+    _patch_casts(interpreter, builder)
+    _patch_dot(interpreter, builder)
     _refuse_bit_arithmetic(interpreter, builder)
-    _mend_index(interpreter)
+    _patch_index(interpreter)
 
 
 def _is_bf16(handle: Any) -> bool:
@@ -51,7 +51,7 @@ def _narrow(values: np.ndarray) -> np.ndarray:
     return np.where(np.isnan(values), 0x7FC0, rounded).astype(np.uint16)
 
 
-def _mend_casts(interpreter: Any, builder: type) -> None:
+def _patch_casts(interpreter: Any, builder: type) -> None:
     import triton.language as tl
 
     plain_cast, plain_fp_to_fp = builder.cast_impl, builder.create_fp_to_fp
@@ -72,7 +72,7 @@ def _mend_casts(interpreter: Any, builder: type) -> None:
     builder.cast_impl, builder.create_fp_to_fp = cast_impl, create_fp_to_fp
 
 
-def _mend_dot(interpreter: Any, builder: type) -> None:
+def _patch_dot(interpreter: Any, builder: type) -> None:
     import triton.language as tl
 
     plain = builder.create_dot
@@ -112,7 +112,7 @@ def _refuse_bit_arithmetic(interpreter: Any, builder: type) -> None:
     reductions.check_tensor = check_tensor
 
 
-def _mend_index(interpreter: Any) -> None:
+def _patch_index(interpreter: Any) -> None:
     plain = interpreter._patch_lang_tensor
 
     def patch(tensor: Any, scope: Any) -> None:

@@ -12,11 +12,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._interpreter import mend
+from ._interpreter import patch_interpreter
 from ._launch import Config, Kernel, launch, select
 from ._strides import in_elements, in_units
 
-mend()
+patch_interpreter()
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_COLS = 8192
@@ -27,7 +27,7 @@ _ROWS = 13 * 729
 
 @triton.jit
 def _load(p_rows, o_row, stride, rows, COL: tl.constexpr, WIDTH: tl.constexpr, COLS: tl.constexpr):
-    """WIDTH columns from COL on of the rows o_row, [BM, 1], in float32; zeros behind the last row and column."""
+    """WIDTH columns from COL on of the rows o_row, [BM, 1], in float32; zeros beyond the last row and column."""
     o_col = COL + tl.arange(0, WIDTH)[None, :]
     mask = o_row < rows
     if COL + WIDTH > COLS:
@@ -52,7 +52,7 @@ def _sum(b_rows):
 
 @triton.jit
 def _centred(b_rows, b_mean, COL: tl.constexpr, WIDTH: tl.constexpr, COLS: tl.constexpr):
-    """The rows less their mean; zeros behind the last column."""
+    """The rows less their mean; zeros beyond the last column."""
     b_rows = b_rows - b_mean
     if COL + WIDTH > COLS:
         b_rows = tl.where((COL + tl.arange(0, WIDTH))[None, :] < COLS, b_rows, 0.0)
@@ -215,7 +215,7 @@ def add_layer_norm_bwd_kernel(
     """grad by normed, grad_summed by summed, which may be None, and summed [rows, COLS], of these row strides in units
     of UNIT -> d_x, dense, and with PARAMETERS each program's share of d_weight and d_bias [programs, COLS] in float32.
 
-    The statistics are computed again from the row at hand. Grid: programs, each with every so manieth block of rows, so
+    The statistics are computed again from the row at hand. Grid: n programs, each with every n-th block of rows, so
     that the shares are few and their sum is always made in the same order. FLOPs: about 20 an element. Bytes: grad,
     grad_summed, summed and d_x once.
     """

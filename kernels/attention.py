@@ -15,11 +15,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._interpreter import mend
+from ._interpreter import patch_interpreter
 from ._launch import Kernel, Launch, descriptor, descriptor_fields, planned, select_for, split, start
 from ._strides import in_elements, in_units
 
-mend()
+patch_interpreter()
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_HEAD_DIM = 256
@@ -47,7 +47,8 @@ def load_rows(
     WIDTH: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """Columns COL to COL + WIDTH of ROWS rows; zeros before column FIRST, behind D and, if MASKED, behind `rows`."""
+    """Columns COL to COL + WIDTH of ROWS rows; zeros before column FIRST and from D on and, if MASKED, from row `rows`
+    on."""
     o_row = tl.arange(0, ROWS)[:, None].to(tl.int64)
     o_col = COL + tl.arange(0, WIDTH)[None, :]
     p_tile = p_rows + o_row * stride + o_col
@@ -117,7 +118,7 @@ def clear_gaps(
     HI: tl.constexpr,
 ):
     """Zeros in one head's rows, and -inf in its log-sum-exp unless that is None, where no segment is: before the first,
-    behind what counts of this one and, if it is the last, behind its end. This is the share of program i_block of a
+    after what counts of this one and, if it is the last, after its end. This is the share of program i_block of a
     segment's.
 
     Bounds lead from the first token to the last in steps up and down, so each token is in a gap or passed by a step up.
@@ -130,17 +131,19 @@ def clear_gaps(
     o_row = tl.arange(0, ROWS)
     for i_gap in tl.static_range(2):
         if i_gap == 0:
-            first, behind = tl.zeros_like(start), tl.where(i_batch == 0, start, 0)
+            first = tl.zeros_like(start)
+            end_of_gap = tl.where(i_batch == 0, start, 0)
         else:
-            first, behind = tl.minimum(start + tl.minimum(longest, tokens - start), end), tl.where(is_last, tokens, end)
-        for i_row in range(first + i_block * ROWS, behind, blocks * ROWS):
+            first = tl.minimum(start + tl.minimum(longest, tokens - start), end)
+            end_of_gap = tl.where(is_last, tokens, end)
+        for i_row in range(first + i_block * ROWS, end_of_gap, blocks * ROWS):
             p_gap = p_rows + tl.cast(i_row, tl.int64) * stride
-            store_rows(p_gap, stride, behind - i_row, b_lo, 0, 0, D, ROWS, LO)
+            store_rows(p_gap, stride, end_of_gap - i_row, b_lo, 0, 0, D, ROWS, LO)
             if HI:
-                store_rows(p_gap, stride, behind - i_row, tl.zeros([ROWS, HI], tl.float32), LO, LO, D, ROWS, HI)
+                store_rows(p_gap, stride, end_of_gap - i_row, tl.zeros([ROWS, HI], tl.float32), LO, LO, D, ROWS, HI)
             if p_lse is not None:
                 b_lse = tl.full([ROWS], float("-inf"), tl.float32)
-                tl.store(p_lse + i_row + o_row, b_lse, mask=o_row < behind - i_row)
+                tl.store(p_lse + i_row + o_row, b_lse, mask=o_row < end_of_gap - i_row)
 
 
 @triton.jit
@@ -425,7 +428,7 @@ def attention_fwd(
 ) -> tuple[Tensor, Tensor]:
     """Output, dense, and log-sum-exp of q, k, v [B, N, H, D], or packed [T, H, D] with cu_seqlens [S + 1].
 
-    The bounds are not trusted: tokens that are in no segment, or behind its first max_seqlen, have an output of 0 and a
+    The bounds are not trusted: tokens that are in no segment, or beyond its first max_seqlen, have an output of 0 and a
     log-sum-exp of -inf. Bounds that decrease may have the kernel write a token twice, in any order."""
     how = plan(
         "attention_fwd_kernel",

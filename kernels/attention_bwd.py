@@ -230,7 +230,7 @@ def _by_key(
 ):
     """What one block of queries adds to the gradients by k and v."""
     o_row = i_query + tl.arange(0, BLOCK_M)
-    # exp2(-inf) = 0: queries behind the last count for nothing
+    # exp2(-inf) = 0: queries beyond the last count for nothing
     b_lse = tl.load(p_lse + o_row, mask=o_row < queries, other=float("inf")) * _LOG2_E
     b_delta = tl.load(p_delta + o_row, mask=o_row < queries, other=0)
     b_q_lo, b_q_hi = stream_rows(

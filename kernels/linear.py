@@ -12,11 +12,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._interpreter import mend
+from ._interpreter import patch_interpreter
 from ._launch import Kernel, launch, select
 from ._strides import in_elements, in_units
 
-mend()
+patch_interpreter()
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._interpreter import mend
+from ._interpreter import patch_interpreter
 from ._launch import (
     Kernel,
     Launch,
@@ -28,7 +28,7 @@ from ._launch import (
 )
 from ._strides import in_elements, in_units
 
-mend()
+patch_interpreter()
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -40,7 +40,7 @@ _PRODUCT_DTYPES = (torch.bfloat16, torch.float16)
 
 @triton.jit
 def _load_rows(p_rows, o_row, stride, i_col, cols, WIDTH: tl.constexpr, EVEN: tl.constexpr):
-    """WIDTH columns from i_col on of the rows o_row, with zeros behind `cols` unless EVEN says that there are none."""
+    """WIDTH columns from i_col on of the rows o_row, zeros from column `cols` on unless EVEN says there are none."""
     o_col = i_col + tl.arange(0, WIDTH)[None, :]
     p_tile = p_rows + o_row.to(tl.int64)[:, None] * stride + o_col
     if EVEN:
@@ -78,7 +78,7 @@ def _hidden_tile(
     i_col = i_tile % group // group_rows * BLOCK_N
     o_row = i_row + tl.arange(0, BLOCK_M)
     o_col = i_col + tl.arange(0, BLOCK_N)
-    # rows and columns behind the last repeat it, and are not stored
+    # rows and columns beyond the last repeat it, and are not stored
     o_x = tl.minimum(o_row, rows - 1)
     o_half = tl.arange(0, 2 * BLOCK_N)
     o_w = tl.minimum(i_col + o_half % BLOCK_N, features - 1) + o_half // BLOCK_N * features

@@ -221,7 +221,7 @@ def _grey_to_8bit(values: np.ndarray, mode: str, file_format: str | None) -> np.
 def _checked_array(source: Any) -> np.ndarray:
     """A uint8 [H, W, 3] view or copy of an array or tensor."""
     if hasattr(source, "detach"):
-        # bfloat16 has no numpy twin: its name is all that the message below needs
+        # bfloat16 has no numpy counterpart: its name is all that the message below needs
         source = source.detach().cpu() if str(source.dtype) == "torch.uint8" else source
     else:
         source = np.asarray(source)

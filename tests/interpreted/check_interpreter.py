@@ -1,4 +1,4 @@
-"""What `vlmkern.kernels._interpreter` mends: bfloat16 casts, products and loops, and arithmetic on bit patterns."""
+"""What `vlmkern.kernels._interpreter` corrects: bfloat16 casts, products and loops, and arithmetic on bit patterns."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
-import vlmkern.kernels.attention  # noqa: F401  (any kernel mends the interpreter)
+import vlmkern.kernels.attention  # noqa: F401  (any kernel patches the interpreter)
 
 
 @triton.jit

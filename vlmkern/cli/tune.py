@@ -72,7 +72,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
                 done=cases.append,
             )
     except tune.DeviceLost as error:
-        on = "run it again with the same --log to go on behind it" if options.log else "a run with --log could go on"
+        on = "run it again with the same --log to go on after it" if options.log else "a run with --log could go on"
         print(f"vlmkern: error: a candidate left the GPU unusable for this process: {error}; {on}", file=sys.stderr)
         sys.exit(3)
     seconds = time.monotonic() - begin

@@ -65,7 +65,7 @@ def same_device(name: str, tensor: torch.Tensor, other_name: str, other: torch.T
         raise ValueError(f"{name}: got device {tensor.device}, expected {other.device} like {other_name}")
 
 
-def twin(name: str, tensor: torch.Tensor, other_name: str, other: torch.Tensor, layout: str) -> None:
+def same_as(name: str, tensor: torch.Tensor, other_name: str, other: torch.Tensor, layout: str) -> None:
     """`shape` and `like` in one: the shape, dtype and device of `other`."""
     if (
         type(tensor) in _CONCRETE

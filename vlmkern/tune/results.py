@@ -134,7 +134,7 @@ def source() -> str:
 
 
 def _replaced(entries: list[dict[str, Any]], problem: Problem, configs: list[Config]) -> list[dict[str, Any]]:
-    """Entries with those of a problem in the place of what it had, else behind all."""
+    """Entries with those of a problem in the place of what it had, else after all others."""
     key = problem_key(problem)
     has = [problem_key(Problem(problem.kernel, entry["bits"], entry["shape"])) == key for entry in entries]
     at = has.index(True) if True in has else len(entries)

@@ -174,7 +174,7 @@ class JinaVLMForConditionalGeneration(nn.Module, SupportsMultiModal, SupportsPP,
 
 
 def _vision_model(sizes: JinaVLMConfig) -> VisionModel:
-    """The tower without the blocks behind the last feature that is used."""
+    """The tower without the blocks after the last feature that is used."""
     vision = VisionModel(sizes)
     del vision.layers[checkpoint.last_block(sizes) + 1 :]
     if not checkpoint.uses_post_norm(sizes):

@@ -47,7 +47,7 @@ class JinaVLMProcessingInfo(BaseProcessingInfo):
     @cached_property
     def image_processor(self) -> JinaVLMImageProcessor:
         """Built from preprocessor_config.json and `--mm-processor-kwargs`. Special ids are those that the files give,
-        else those that the tokenizer knows by name, else the rows behind the base vocabulary, in order.
+        else those that the tokenizer knows by name, else the rows after the base vocabulary, in order.
 
         Raises:
             ValueError: settings that do not go with config.json.

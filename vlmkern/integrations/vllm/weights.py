@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ...models.jina_vlm import CheckpointError, JinaVLM, JinaVLMConfig
 
-# the decoder's tensors that keep their shape, by the part of the name behind the layer
+# the decoder's tensors that keep their shape, by the part of the name after the layer
 _RENAMED = {
     "attn_lnorm.weight": "input_layernorm.weight",
     "attn.q_lnorm.weight": "self_attn.q_norm.weight",
@@ -29,7 +29,7 @@ def served(config: JinaVLMConfig, weights: Iterable[tuple[str, Tensor]]) -> Iter
     """Checkpoint tensors to those of the served model.
 
     The decoder's fused matrices are split into the ones that transformers' Qwen3 has, since tensor parallelism,
-    quantisation and adapters go by those; the two embedding tables become one. Vision blocks behind the last hidden
+    quantisation and adapters go by those; the two embedding tables become one. Vision blocks after the last hidden
     state that is used are left out.
 
     Args:
@@ -73,7 +73,7 @@ def last_block(config: JinaVLMConfig) -> int:
 
 
 def uses_post_norm(config: JinaVLMConfig) -> bool:
-    """Whether the norm behind the last vision block is among the features."""
+    """Whether the norm after the last vision block is among the features."""
     return config.vision.num_layers in config.vision.feature_slots
 
 

@@ -64,7 +64,7 @@ class VisionModel(nn.Module):
     """Tower and connector, under the names they have in the checkpoint.
 
     All blocks and the final norm exist as parameters, so that a checkpoint loads and saves whole; those
-    behind the last feature that is used are never run (blocks 25, 26 and the norm as released).
+    after the last feature that is used are never run (blocks 25, 26 and the norm as released).
     """
 
     def __init__(self, config: JinaVLMConfig) -> None:

@@ -65,9 +65,9 @@ def _check_bwd(p: AddLayerNormGradient) -> None:
     # under the names that this op has for them
     checks.float_tensor("summed", p.summed)
     _check(p.forward)
-    checks.twin("grad", p.grad, "summed", p.summed, "[..., C]")
+    checks.same_as("grad", p.grad, "summed", p.summed, "[..., C]")
     if p.grad_summed is not None:
-        checks.twin("grad_summed", p.grad_summed, "summed", p.summed, "[..., C]")
+        checks.same_as("grad_summed", p.grad_summed, "summed", p.summed, "[..., C]")
     checks.wanted(p.wanted, 3)
 
 

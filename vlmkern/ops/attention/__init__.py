@@ -32,7 +32,7 @@ def attention(
         scale: factor on the scores; D ** -0.5 when None.
         cu_seqlens: int32 [S + 1], packed only: segment s holds tokens cu_seqlens[s] to cu_seqlens[s + 1],
             which attend to each other only. Starts at 0, ends at T, never decreases. On GPUs, where bounds are
-            trusted, tokens of no segment, or behind a segment's first max_seqlen, give 0.
+            trusted, tokens of no segment, or beyond a segment's first max_seqlen, give 0.
         max_seqlen: packed only: the longest segment's length, or more, as a host integer.
 
     Returns:
@@ -61,7 +61,7 @@ def _check(p: Attention) -> None:
     packed = cu_seqlens is not None
     checks.rank("q", q, "[T, H, D] with cu_seqlens" if packed else "[B, N, H, D] without cu_seqlens")
     for name, tensor in (("k", k), ("v", v)):
-        checks.twin(name, tensor, "q", q, "[T, H, D]" if packed else "[B, N, H, D]")
+        checks.same_as(name, tensor, "q", q, "[T, H, D]" if packed else "[B, N, H, D]")
     checks.value(q.shape[-1] > 0, lambda: f"q: got shape {list(q.shape)}, expected a head dimension of at least 1")
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         checks.unit_last_stride(name, tensor)
@@ -102,7 +102,7 @@ def _check_bwd(p: AttentionGradient) -> None:
     _check(p.forward)
     q = p.q
     for name, tensor in (("grad", p.grad), ("out", p.out)):
-        checks.twin(name, tensor, "q", q, "the result's shape")
+        checks.same_as(name, tensor, "q", q, "the result's shape")
     checks.unit_last_stride("out", p.out)
     checks.shape("lse", p.lse, lse_shape(q), "[B, H, N] or packed [H, T]")
     if p.lse.dtype != _lse_dtype(q):
