@@ -29,11 +29,11 @@ class Step(NamedTuple):
 
 STEPS = (
     Step("machine", 0.05, 240, "bench.jsonl", "ceilings of the card; all shipped kernels compiled, on all cores", True),
-    Step("numerics", 0.14, 90, "numerics.jsonl", "tests/gpu: every op, both directions, at the sizes of the models"),
-    Step("bench", 0.15, 60, "bench.jsonl", "every op against torch's attentions, eager torch and installed libraries"),
-    Step("tune", 0.26, 90, "tuning.jsonl", "the tables that matter: bf16 attention at D = 72, pooling, SwiGLU", True),
-    Step("blocks", 0.10, 90, "bench.jsonl", "tower block and vision path; the tuned ops again", tuned=True),
-    Step("compile", 0.20, 240, "bench.jsonl", "the same against torch.compile (max-autotune)", tuned=True),
+    Step("numerics", 0.18, 90, "numerics.jsonl", "tests/gpu: every op, both directions, at the sizes of the models"),
+    Step("bench", 0.17, 60, "bench.jsonl", "every op against torch's attentions, eager torch and installed libraries"),
+    Step("tune", 0.12, 90, "tuning.jsonl", "the tables that matter: bf16 attention at D = 72, pooling, SwiGLU", True),
+    Step("blocks", 0.13, 90, "bench.jsonl", "tower block and vision path; the tuned ops again", tuned=True),
+    Step("compile", 0.25, 240, "bench.jsonl", "the same against torch.compile (max-autotune)", tuned=True),
     Step("rest", 0.10, 90, "tuning.jsonl", "the other tables", True),
 )
 
