@@ -15,7 +15,7 @@ assert "triton" not in sys.modules, "importing vlmkern imported triton"
 assert "site-packages" in vlmkern.__file__, vlmkern.__file__
 assert vlmkern.backends()["native"]["available"] is expect_native, vlmkern.backends()["native"]
 
-module = importlib.import_module("vlmkern.kernels.swiglu_mlp")
+module = importlib.import_module("vlmkern.kernels.swiglu_mlp.gate")
 assert hasattr(module, "swiglu_mlp_fwd_kernel")
 launch = importlib.import_module("vlmkern.kernels._launch")
 assert launch.table("attention_fwd_kernel", 90)["entries"], "the tables of configurations are not in the package"

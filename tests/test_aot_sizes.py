@@ -8,11 +8,16 @@ import torch
 pytest.importorskip("triton")
 
 from vlmkern.aot import compile_launch
-from vlmkern.kernels import _launch, add_layer_norm, attention_pool_absorbed, attention_pool_bwd, swiglu_mlp
-from vlmkern.kernels import attention as attention_fwd
-from vlmkern.kernels import attention_bwd as attention_bwd
-from vlmkern.kernels import attention_pool as pool
-from vlmkern.kernels import linear as epilogue
+from vlmkern.kernels import _launch
+from vlmkern.kernels.add_layer_norm import norm as add_layer_norm
+from vlmkern.kernels.attention import backward as attention_bwd
+from vlmkern.kernels.attention import forward as attention_fwd
+from vlmkern.kernels.attention_pool import absorbed as attention_pool_absorbed
+from vlmkern.kernels.attention_pool import backward as attention_pool_bwd
+from vlmkern.kernels.attention_pool import forward as pool
+from vlmkern.kernels.attention_pool.windows import Windows
+from vlmkern.kernels.linear import epilogue
+from vlmkern.kernels.swiglu_mlp import gate as swiglu_mlp
 
 DTYPES = (torch.bfloat16, torch.float32)
 
@@ -59,7 +64,7 @@ def test_attention_pool(compiled, grid, window, channels, count, heads, key_dim,
     keep = None if kept is None else torch.empty(kept, dtype=torch.int64, device="meta")
     kind = torch.empty(1, grid[0] * grid[1], dtype=torch.uint8, device="meta")
     width, columns = count * channels, heads * (key_dim + value_dim)
-    windows = pool.Windows(features, grid, window, keep, kind, empty(2, width, dtype=dtype))
+    windows = Windows(features, grid, window, keep, kind, empty(2, width, dtype=dtype))
     rows = windows.count
     q, bias = empty(rows, heads * key_dim, dtype=dtype), empty(columns, dtype=dtype)
     of_slots = empty(rows * windows.slots, columns, dtype=dtype)

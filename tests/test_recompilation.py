@@ -16,11 +16,16 @@ pytest.importorskip("triton")
 from triton import knobs
 
 from vlmkern.aot import compile_launch
-from vlmkern.kernels import _launch, add_layer_norm, attention_pool_absorbed, attention_pool_bwd, swiglu_mlp
-from vlmkern.kernels import attention as attention_fwd
-from vlmkern.kernels import attention_bwd as attention_bwd
-from vlmkern.kernels import attention_pool as pool
-from vlmkern.kernels import linear as epilogue
+from vlmkern.kernels import _launch
+from vlmkern.kernels.add_layer_norm import norm as add_layer_norm
+from vlmkern.kernels.attention import backward as attention_bwd
+from vlmkern.kernels.attention import forward as attention_fwd
+from vlmkern.kernels.attention_pool import absorbed as attention_pool_absorbed
+from vlmkern.kernels.attention_pool import backward as attention_pool_bwd
+from vlmkern.kernels.attention_pool import forward as pool
+from vlmkern.kernels.attention_pool.windows import Windows
+from vlmkern.kernels.linear import epilogue
+from vlmkern.kernels.swiglu_mlp import gate as swiglu_mlp
 
 DTYPES = (torch.bfloat16, torch.float32)
 ATTENTION = ("attention_fwd_kernel", "attention_bwd_dq_kernel", "attention_bwd_dkv_kernel")
@@ -125,7 +130,7 @@ def test_attention_pool_of_all_windows(padded, dtype):
             empty(tiles, 729, 2, 1152, dtype=dtype).unbind(2),
             empty(tiles, 730, 2, 1152 + 8, dtype=dtype)[:, 1:, :, 8:].unbind(2),
         ):
-            calls += _pool_calls(pool.Windows(list(features), [27, 27], [2, 2], None, kind, pad_embed))
+            calls += _pool_calls(Windows(list(features), [27, 27], [2, 2], None, kind, pad_embed))
     assert compilations(calls, dtype) == _pooled(features=2)
 
 
@@ -137,7 +142,7 @@ def test_attention_pool_of_kept_windows(channels, dtype):
         features = [empty(tiles, 729, channels, dtype=dtype)] * 3
         for count in COUNTS:
             keep = torch.empty(count, dtype=torch.int64, device="meta")
-            calls += _pool_calls(pool.Windows(features, [27, 27], [2, 2], keep, None, None))
+            calls += _pool_calls(Windows(features, [27, 27], [2, 2], keep, None, None))
     assert compilations(calls, dtype) == _pooled(features=3)
 
 

@@ -12,7 +12,7 @@ pytest.importorskip("triton")
 
 from vlmkern import tune
 from vlmkern.cli import main
-from vlmkern.kernels import swiglu_mlp
+from vlmkern.kernels.swiglu_mlp import gate as swiglu_mlp
 from vlmkern.tune import rounds
 from vlmkern.tune.log import read
 from vlmkern.tune.pool import Binary, Failed

@@ -14,7 +14,7 @@ pytest.importorskip("triton")
 
 from vlmkern import tune
 from vlmkern.cli import main
-from vlmkern.kernels import attention
+from vlmkern.kernels.attention import forward as attention
 from vlmkern.tune import rounds
 from vlmkern.tune.candidates import kernel_of
 from vlmkern.tune.pool import (
@@ -99,7 +99,8 @@ LATER = """
 import json, torch
 from triton import knobs
 from vlmkern.aot import compile_launch
-from vlmkern.kernels import _launch, swiglu_mlp
+from vlmkern.kernels import _launch
+from vlmkern.kernels.swiglu_mlp import gate as swiglu_mlp
 hits = []
 knobs.compilation.listener = lambda *, cache_hit, **rest: hits.append(cache_hit)
 x = torch.randn(2548, 2 * 6144, dtype=torch.bfloat16)

@@ -9,7 +9,8 @@ import pytest
 pytest.importorskip("triton")
 
 from vlmkern import tune
-from vlmkern.kernels import _launch, swiglu_mlp
+from vlmkern.kernels import _launch
+from vlmkern.kernels.swiglu_mlp import gate as swiglu_mlp
 from vlmkern.tune import rounds
 from vlmkern.tune.pool import Binary
 

@@ -23,14 +23,14 @@ from .kernels._interpreter import interpreting
 
 ARCHS = (80, 90, 100)
 MODULES = (
-    "attention",
-    "attention_bwd",
-    "attention_pool",
-    "attention_pool_absorbed",
-    "attention_pool_bwd",
-    "swiglu_mlp",
-    "linear",
-    "add_layer_norm",
+    "attention.forward",
+    "attention.backward",
+    "attention_pool.forward",
+    "attention_pool.absorbed",
+    "attention_pool.backward",
+    "swiglu_mlp.gate",
+    "linear.epilogue",
+    "add_layer_norm.norm",
 )
 
 # a streaming multiprocessor's shared memory in KiB, of which 1 goes to the system for every block

@@ -13,8 +13,8 @@ from support import LOW_PRECISION, low_precision_close
 import vlmkern
 from vlmkern import ops
 from vlmkern.kernels import _launch
-from vlmkern.kernels import attention as kernels
-from vlmkern.kernels import attention_bwd as kernels_bwd
+from vlmkern.kernels.attention import backward as kernels_bwd
+from vlmkern.kernels.attention import forward as kernels
 
 SMALL = {"BLOCK_M": 16, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1}
 VARIANTS = {"pointers": SMALL | {"TMA": False}, "descriptors": SMALL | {"TMA": True}}

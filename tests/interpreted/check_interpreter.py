@@ -7,7 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
-import vlmkern.kernels.attention  # noqa: F401  (any kernel patches the interpreter)
+import vlmkern.kernels.attention.forward  # noqa: F401  (any kernel patches the interpreter)
 
 
 @triton.jit

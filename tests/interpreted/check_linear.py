@@ -12,7 +12,7 @@ from support import LOW_PRECISION, low_precision_close
 import vlmkern
 from vlmkern import ops
 from vlmkern.kernels import _launch
-from vlmkern.kernels import linear as kernels
+from vlmkern.kernels.linear import epilogue as kernels
 
 EAGER = {
     "none": lambda y: y,

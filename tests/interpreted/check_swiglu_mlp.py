@@ -12,7 +12,7 @@ from support import LOW_PRECISION, low_precision_close
 import vlmkern
 from vlmkern import ops
 from vlmkern.kernels import _launch
-from vlmkern.kernels import swiglu_mlp as kernels
+from vlmkern.kernels.swiglu_mlp import gate as kernels
 
 SMALL = {"BLOCK_M": 32, "BLOCK_N": 16, "BLOCK_K": 16, "GROUP_M": 2, "num_warps": 4, "num_stages": 2}
 VARIANTS = {

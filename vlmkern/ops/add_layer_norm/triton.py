@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ...dispatch.targets import Target
-from ...kernels import add_layer_norm as kernels
+from ...kernels.add_layer_norm import norm as kernels
 from .problem import AddLayerNorm, AddLayerNormGradient
 
 

@@ -5,17 +5,16 @@ from __future__ import annotations
 from torch import Tensor
 
 from ...dispatch.targets import Target
-from ...kernels import attention as kernels
-from ...kernels import attention_bwd as kernels_bwd
+from ...kernels.attention import backward, forward
 from .problem import Attention, AttentionGradient
 
 
 def supports(p: Attention, target: Target) -> str | None:
     """None, or why the call is not for these kernels."""
-    if p.q.dtype in kernels.DTYPES and p.q.shape[-1] <= kernels.MAX_HEAD_DIM:
+    if p.q.dtype in forward.DTYPES and p.q.shape[-1] <= forward.MAX_HEAD_DIM:
         return None
     return (
-        f"it has no kernel for head dimension {p.q.shape[-1]} in {p.q.dtype}; it takes up to {kernels.MAX_HEAD_DIM} in"
+        f"it has no kernel for head dimension {p.q.shape[-1]} in {p.q.dtype}; it takes up to {forward.MAX_HEAD_DIM} in"
         " float32, bfloat16 and float16"
     )
 
@@ -25,9 +24,9 @@ supports_bwd = supports
 
 def attention(p: Attention) -> tuple[Tensor, Tensor]:
     """See reference.py."""
-    return kernels.attention_fwd(*p)
+    return forward.attention_fwd(*p)
 
 
 def attention_bwd(p: AttentionGradient) -> tuple[Tensor, Tensor, Tensor]:
     """See reference.py."""
-    return kernels_bwd.attention_bwd(*p)
+    return backward.attention_bwd(*p)

@@ -10,10 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...dispatch.targets import Target
-from ...kernels import attention_pool as kernels
-from ...kernels import attention_pool_bwd as kernels_bwd
-from ...kernels.attention_pool import Windows
-from ...kernels.attention_pool_absorbed import absorbed
+from ...kernels.attention_pool import backward, forward
+from ...kernels.attention_pool.absorbed import absorbed
+from ...kernels.attention_pool.windows import MAX_FEATURES, Windows
 from .problem import AttentionPool, AttentionPoolGradient
 from .windows import pad_kind, pad_rows
 
@@ -26,11 +25,11 @@ _WORTH_GATHERING = 0.9
 def supports(p: AttentionPool, target: Target) -> str | None:
     """None, or why the call is not for these kernels."""
     first = p.features[0]
-    if first.dtype in kernels.DTYPES and len(p.features) <= kernels.MAX_FEATURES and first.shape[2] > 0:
+    if first.dtype in forward.DTYPES and len(p.features) <= MAX_FEATURES and first.shape[2] > 0:
         return None
     return (
         f"it has no kernel for {len(p.features)} features of {first.dtype}, {first.shape[2]} wide; it takes up to"
-        f" {kernels.MAX_FEATURES} in float32, bfloat16 and float16"
+        f" {MAX_FEATURES} in float32, bfloat16 and float16"
     )
 
 
@@ -48,7 +47,7 @@ def attention_pool(p: AttentionPool) -> Tensor:
     b_kv = None if b_kv is None else b_kv.contiguous()
     b_k, b_v = (None, None) if b_kv is None else b_kv.split([keys, values])
     if _absorbs(windows, keys, values, num_heads, features[0].element_size()):
-        mean, _ = kernels.slots(windows, write=False)
+        mean, _ = forward.slots(windows, write=False)
         w_k, w_v = (w.unflatten(0, (num_heads, -1)) for w in w_kv.split([keys, values]))
         queries = F.linear(mean, w_q, b_q).unflatten(1, (num_heads, -1))
         pooled = absorbed(_per_head(queries, w_k), b_k, windows, scale)
@@ -56,11 +55,11 @@ def attention_pool(p: AttentionPool) -> Tensor:
         context = context if b_v is None else context.add_(b_v)
     else:
         gathered = keep is not None and windows.count * windows.slots < _WORTH_GATHERING * features[0].shape[:2].numel()
-        mean, slots = kernels.slots(windows, write=gathered)
+        mean, slots = forward.slots(windows, write=gathered)
         kv = F.linear(slots, w_kv) if slots is not None else _project_patches(features, w_kv)
         pad_kv = None if gathered or windows.pad_embed is None else F.linear(windows.pad_embed, w_kv)
         q = F.linear(mean, w_q, b_q)
-        context = kernels.context(q, kv, b_kv, pad_kv, windows, num_heads, scale, gathered=gathered)
+        context = forward.context(q, kv, b_kv, pad_kv, windows, num_heads, scale, gathered=gathered)
     return F.linear(context, w_o, b_o).view(*shape, outputs)
 
 
@@ -76,8 +75,8 @@ def attention_pool_bwd(p: AttentionPoolGradient) -> list[Tensor]:
     d_out = grad.reshape(windows.count, len(w_o))
     if not any((*of_features, *of_weights[:5], of_pad)):
         return [d_out.sum(0)] if of_b_o else []
-    mean, slots = kernels.slots(windows, write=True)
-    context, d_q, d_kv = kernels_bwd.context_bwd(
+    mean, slots = forward.slots(windows, write=True)
+    context, d_q, d_kv = backward.context_bwd(
         F.linear(mean, w_q, b_q),
         F.linear(slots, w_kv),
         None if b_kv is None else b_kv.contiguous(),
@@ -89,9 +88,9 @@ def attention_pool_bwd(p: AttentionPoolGradient) -> list[Tensor]:
     grads: list[Tensor] = []
     if any(of_features) or of_pad:
         d_slots, d_mean = d_kv @ w_kv, d_q @ w_q
-        kept, order = kernels_bwd.sorted_windows(windows)
+        kept, order = backward.sorted_windows(windows)
         by_feature = [
-            kernels_bwd.scatter(d_slots, d_mean, windows, kept, order, index) if want or of_pad else None
+            backward.scatter(d_slots, d_mean, windows, kept, order, index) if want or of_pad else None
             for index, want in enumerate(of_features)
         ]
         grads += [d for d, want in zip(by_feature, of_features, strict=True) if want]

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...dispatch.targets import Target
-from ...kernels import linear as kernels
+from ...kernels.linear import epilogue as kernels
 from .. import _algebra
 from .._algebra import activate, as_rows
 from .problem import Linear, LinearGradient

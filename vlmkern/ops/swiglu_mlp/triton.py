@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...dispatch.targets import Target
-from ...kernels import swiglu_mlp as kernels
+from ...kernels.swiglu_mlp import gate as kernels
 from .. import _algebra
 from .._algebra import as_rows
 from .problem import SwiGLU, SwiGLUGradient

@@ -15,8 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import Kernel, launch, select
-from .attention_pool import PER_CALL, Windows, blocks, example_windows, softmax_slots, tiled, trace_of_bias
+from .._launch import Kernel, launch, select
+from ..blocks.softmax import softmax_slots, trace_of_bias
+from .windows import PER_CALL, Windows, blocks, example_windows, tiled
 
 
 @triton.jit(do_not_specialize=PER_CALL)

@@ -16,84 +16,29 @@ projected by the library at its full rate, and the kernels here pass over rows o
 
     slots     mean of each window's slots, read from the features in place, and the slots side by side if wanted
     context   scores, softmax and pooling of projected keys and values
-    absorbed  the same over the features themselves (attention_pool_absorbed.py)
+    absorbed  the same over the features themselves (absorbed.py)
 
 The keys' bias drops out of the softmax, and the values' is added to its result, as probabilities sum to one; so zero
 slots have neither keys nor values. A bias that is not finite makes NaN of what it would drop out of.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._interpreter import patch_interpreter
-from ._launch import Config, Kernel, launch, select
-from ._strides import in_elements, in_units
+from .._interpreter import patch_interpreter
+from .._launch import Kernel, launch, select
+from ..blocks.softmax import softmax_slots, trace_of_bias
+from ..blocks.windows import feature_at, slot_patch, stride_at, window_number
+from .windows import PER_CALL, Windows, blocks, example_windows, tiled
 
 patch_interpreter()
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-MAX_FEATURES = 4
-
-# what calls of one model differ by, for which kernels are not to be compiled again
-PER_CALL = (
-    "windows",
-    "all_windows",
-    *(f"stride_{feature}{dimension}" for feature in range(MAX_FEATURES) for dimension in "tn"),
-)
-
-
-@triton.jit
-def window_number(p_keep, o_window, windows, all_windows, HAS_KEEP: tl.constexpr):
-    """Which of all windows the o_window-th is."""
-    if HAS_KEEP:
-        i_window = tl.load(p_keep + o_window, mask=o_window < windows, other=0)
-        # untrusted indices reach no patch outside the tensors
-        return tl.minimum(tl.maximum(i_window, 0), all_windows - 1)
-    else:
-        return tl.minimum(o_window, windows - 1).to(tl.int64)
-
-
-@triton.jit
-def slot_patch(
-    i_window,
-    i_slot,
-    ROWS: tl.constexpr,
-    COLS: tl.constexpr,
-    WINDOW_ROWS: tl.constexpr,
-    WINDOW_COLS: tl.constexpr,
-):
-    """Tile and patch of a window's slot, and whether it lies on the grid."""
-    ACROSS: tl.constexpr = (COLS + WINDOW_COLS - 1) // WINDOW_COLS
-    DOWN: tl.constexpr = (ROWS + WINDOW_ROWS - 1) // WINDOW_ROWS
-    i_tile = i_window // (ACROSS * DOWN)
-    i_row = i_window // ACROSS % DOWN * WINDOW_ROWS + i_slot // WINDOW_COLS
-    i_col = i_window % ACROSS * WINDOW_COLS + i_slot % WINDOW_COLS
-    return i_tile, i_row * COLS + i_col, (i_row < ROWS) & (i_col < COLS)
-
-
-@triton.jit
-def feature_at(p_0, p_1, p_2, p_3, i_feature):
-    """The i_feature-th of the pointers."""
-    p = p_0
-    if i_feature == 1:
-        p = p_1
-    if i_feature == 2:
-        p = p_2
-    if i_feature == 3:
-        p = p_3
-    return p
-
-
-@triton.jit
-def stride_at(stride_0, stride_1, stride_2, stride_3, i_feature, UNIT: tl.constexpr):
-    """The i_feature-th of the strides, in elements."""
-    low = tl.where(i_feature == 0, stride_0, stride_1)
-    return in_elements(tl.where(i_feature < 2, low, tl.where(i_feature == 2, stride_2, stride_3)), UNIT)
 
 
 @triton.jit
@@ -256,86 +201,6 @@ def _kv(p_kv, p_pad_kv, i_row, m_row, b_kind, o_col, m_col, WIDTH: tl.constexpr,
     return b_kv
 
 
-@triton.jit
-def softmax_slots(b_s, scale, o_slot, J: tl.constexpr):
-    """Probabilities [BW, J_PADDED] of the first J slots, of their scores times `scale`."""
-    b_s = tl.where((o_slot < J)[None, :], b_s, float("-inf"))
-    # differences first: of large scores they are exact, where those of rounded products are not
-    b_p = tl.exp((b_s - tl.max(b_s, 1)[:, None]) * scale)
-    return b_p / tl.sum(b_p, 1)[:, None]
-
-
-@triton.jit
-def trace_of_bias(p_bias, COUNT: tl.constexpr, BLOCK: tl.constexpr):
-    """What is left of a bias that drops out: 0, or NaN if one of its COUNT numbers is not finite."""
-    b_trace = tl.zeros([BLOCK], tl.float32)
-    for i_d in range(0, COUNT, BLOCK):
-        o_d = i_d + tl.arange(0, BLOCK)
-        b_trace += tl.load(p_bias + o_d, mask=o_d < COUNT, other=0).to(tl.float32) * 0
-    return tl.sum(b_trace, 0)
-
-
-class Windows(NamedTuple):
-    """Windows of the patch grids of L features [T, N, C]: all of them, or those in `keep`.
-
-    `kind` [T, N] is uint8: 0, or 1 + the row of `pad_embed` [2, L*C] that is added to a patch; None without either.
-    """
-
-    features: list[Tensor]
-    grid: list[int]
-    window: list[int]
-    keep: Tensor | None
-    kind: Tensor | None
-    pad_embed: Tensor | None
-
-    @property
-    def slots(self) -> int:
-        """J, of one window."""
-        return self.window[0] * self.window[1]
-
-    @property
-    def of_all_tiles(self) -> int:
-        """T * M."""
-        across, down = (-(-size // step) for size, step in zip(self.grid, self.window, strict=True))
-        return self.features[0].shape[0] * across * down
-
-    @property
-    def count(self) -> int:
-        """W."""
-        return self.of_all_tiles if self.keep is None else len(self.keep)
-
-    @property
-    def width(self) -> int:
-        """L*C."""
-        return self.features[0].shape[2] * len(self.features)
-
-    @property
-    def sources(self) -> tuple[tuple[Tensor, ...], tuple[int, ...], int]:
-        """Features and their strides, as many as kernels have arguments for, and what these are in units of."""
-        padded = [*self.features, *self.features[:1] * (MAX_FEATURES - len(self.features))]
-        unit, strides = in_units(padded[0].dtype, *(stride for x in padded for stride in x.stride()[:2]))
-        return tuple(padded), strides, unit
-
-    @property
-    def constants(self) -> dict[str, Any]:
-        """What kernels are compiled for."""
-        return {
-            "ROWS": self.grid[0],
-            "COLS": self.grid[1],
-            "WINDOW_ROWS": self.window[0],
-            "WINDOW_COLS": self.window[1],
-            "HAS_PAD": self.kind is not None,
-        }
-
-
-def tiled(config: Config, columns: str, slots: int) -> Config:
-    """A configuration, which is for windows of four slots, for windows of `slots`: tiles of as many elements."""
-    padded = triton.next_power_of_2(slots)
-    elements = config["BLOCK_W"] * 4 * config[columns]
-    width = min(config[columns], max(16, elements // padded))
-    return config | {"BLOCK_W": max(1, elements // (padded * width)), columns: width}
-
-
 def slots(windows: Windows, *, write: bool) -> tuple[Tensor, Tensor | None]:
     """Means of the windows' slots, [W, L*C], and, if `write`, the slots themselves, [W*J, L*C]; W > 0."""
     first, count, width = windows.features[0], windows.count, windows.width
@@ -407,16 +272,6 @@ def context(
     return out
 
 
-def example_windows(dtype: torch.dtype, device: str, windows: int, kept: bool, padded: bool) -> Windows:
-    """About that many windows of the released model's crops, two hidden states of 1,152."""
-    tiles, width = max(1, round(windows / 196)), 2 * 1152
-    features = list(torch.randn(2, tiles, 729, 1152, dtype=dtype, device=device).unbind(0))
-    keep = torch.arange(windows, device=device) % (196 * tiles) if kept else None
-    kind = torch.zeros(tiles, 729, dtype=torch.uint8, device=device) if padded else None
-    pad_embed = torch.randn(2, width, dtype=dtype, device=device) if padded else None
-    return Windows(features, [27, 27], [2, 2], keep, kind, pad_embed)
-
-
 def _slots_example(
     dtype: torch.dtype, device: str, windows: int, channels: int, write: bool = False
 ) -> Callable[[], Any]:
@@ -436,13 +291,6 @@ def _context_example(
     )
     pad, b_kv = None if gathered else pad_kv, pad_kv[0]
     return lambda: context(q, kv, b_kv, pad, given, heads, head_dim**-0.5, gathered=gathered)
-
-
-def blocks(name: str, *sizes: int) -> tuple[dict[str, int], ...]:
-    """Candidates: blocks of windows and of columns, and warps."""
-    return tuple(
-        {"BLOCK_W": rows, name: size, "num_warps": warps} for rows in (2, 4, 8) for size in sizes for warps in (4, 8)
-    )
 
 
 # one multiply-add for each slot's column and, of scores and pooling, for each head's

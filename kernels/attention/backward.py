@@ -20,20 +20,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import Config, Kernel, Launch, start
-from ._strides import in_elements
-from .attention import (
-    PER_CALL,
-    WIDE_CANDIDATES,
-    clear_gaps,
-    fused_qkv,
-    image_head,
-    load_rows,
-    plan,
-    segment,
-    store_rows,
-    stream_rows,
-)
+from .._launch import Config, Kernel, Launch, start
+from ..blocks.rows import load_rows, store_rows, stream_rows
+from ..blocks.segments import clear_gaps, segment
+from ..blocks.strides import image_head, in_elements
+from .plan import PER_CALL, WIDE_CANDIDATES, fused_qkv, plan
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
 _LN_2 = tl.constexpr(0.6931471805599453)

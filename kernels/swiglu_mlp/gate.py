@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._interpreter import patch_interpreter
-from ._launch import (
+from .._interpreter import patch_interpreter
+from .._launch import (
     Kernel,
     Launch,
     descriptor,
@@ -26,7 +26,7 @@ from ._launch import (
     split,
     start,
 )
-from ._strides import in_elements, in_units
+from ..blocks.strides import in_elements, in_units
 
 patch_interpreter()
 

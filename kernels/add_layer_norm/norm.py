@@ -12,9 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._interpreter import patch_interpreter
-from ._launch import Config, Kernel, launch, select
-from ._strides import in_elements, in_units
+from .._interpreter import patch_interpreter
+from .._launch import Config, Kernel, launch, select
+from ..blocks.strides import in_elements, in_units
 
 patch_interpreter()
 

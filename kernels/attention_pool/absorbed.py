@@ -9,20 +9,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import Kernel, launch, select
-from .attention_pool import (
-    PER_CALL,
-    Windows,
-    blocks,
-    example_windows,
-    feature_at,
-    slot_patch,
-    softmax_slots,
-    stride_at,
-    tiled,
-    trace_of_bias,
-    window_number,
-)
+from .._launch import Kernel, launch, select
+from ..blocks.softmax import softmax_slots, trace_of_bias
+from ..blocks.windows import feature_at, slot_patch, stride_at, window_number
+from .windows import PER_CALL, Windows, blocks, example_windows, tiled
 
 
 @triton.jit(do_not_specialize=PER_CALL)

@@ -1,0 +1,1 @@
+"""Attention: forward, gradients, and how both are planned."""

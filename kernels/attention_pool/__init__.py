@@ -1,0 +1,1 @@
+"""Attention pooling of windows: forward in two forms, and gradients."""

@@ -1,0 +1,1 @@
+"""Linear layers: what comes after a product, forwards and backwards."""

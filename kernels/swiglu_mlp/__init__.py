@@ -1,0 +1,1 @@
+"""SwiGLU: the product with both halves of the gate, and the gate alone, forwards and backwards."""
