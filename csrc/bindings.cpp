@@ -11,12 +11,12 @@
 #include <utility>
 #include <vector>
 
-#include "cpu/attention.h"
-#include "cpu/attention_pool.h"
+#include "cpu/attention/attention.h"
+#include "cpu/attention_pool/attention_pool.h"
 #include "cpu/check.h"
 #include "cpu/isa.h"
-#include "cpu/linear.h"
-#include "cpu/swiglu_mlp.h"
+#include "cpu/linear/linear.h"
+#include "cpu/swiglu_mlp/swiglu_mlp.h"
 #include "cpu/units.h"
 #if VLMKERN_HAVE_CUDA
 #include "cuda/device.h"

@@ -6,10 +6,10 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "cpu/attention.h"
-#include "cpu/attention_pool.h"
+#include "cpu/attention/attention.h"
+#include "cpu/attention_pool/attention_pool.h"
 #include "cpu/dtype.h"
-#include "cpu/linear.h"
+#include "cpu/linear/linear.h"
 
 namespace vlmkern {
 

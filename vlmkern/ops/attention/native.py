@@ -1,4 +1,4 @@
-"""Attention on CPU: the C++ kernels of csrc/cpu/attention.cpp and csrc/cpu/attention_bwd.cpp."""
+"""Attention on CPU: the C++ kernels of csrc/cpu/attention/forward.cpp and csrc/cpu/attention/backward.cpp."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Attention pooling on CPU: torch's projections around the C++ kernels of csrc/cpu/attention_pool.cpp.
+"""Attention pooling on CPU: torch's projections around the C++ kernels of csrc/cpu/attention_pool/forward.cpp.
 
 Keys are never made, and values are pooled before they are projected: reference.py has the plain form, the C++ source
 the algebra.
@@ -141,7 +141,7 @@ def _attend_bwd(
 ) -> tuple[Tensor, list[Tensor]]:
     """d_out [W, Co], slots x [W, J, L*C] -> gradients by x, in float32, and by (w_q, b_q, w_kv, b_kv, w_o).
 
-    With neither keys nor values: csrc/cpu/attention_pool_bwd.cpp has the algebra. A third of the products' work at four
+    With neither keys nor values: csrc/cpu/attention_pool/backward.cpp has the algebra. A third of the products' work at four
     slots a window, a few heads at a time."""
     b_q = _with_key_bias(b_q, b_kv, len(w_q))
     x = x.contiguous()

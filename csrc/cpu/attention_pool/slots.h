@@ -1,7 +1,7 @@
 // How attention pooling reads the slots of its windows: in place, pad embeddings added, zeros beyond the grid.
 #pragma once
 
-#include "cpu/attention_pool.h"
+#include "cpu/attention_pool/attention_pool.h"
 #include "cpu/tile.h"
 
 namespace vlmkern {

@@ -9,7 +9,7 @@
 //
 // bfloat16 with AVX512_BF16 multiplies pairs of neighbours (along the head dimension, then along the keys) with
 // vdpbf16ps; everything else is widened to float32 when packed. Sums, scores and softmax are float32 throughout.
-#include "cpu/attention.h"
+#include "cpu/attention/attention.h"
 
 #include "cpu/tile.h"
 

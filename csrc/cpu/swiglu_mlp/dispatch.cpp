@@ -1,4 +1,4 @@
-#include "cpu/swiglu_mlp.h"
+#include "cpu/swiglu_mlp/swiglu_mlp.h"
 
 #include <algorithm>
 

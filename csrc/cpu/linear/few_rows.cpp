@@ -3,7 +3,7 @@
 //
 // One output is one dot product at a time with four partial sums. Taking several weight rows together would save the
 // horizontal sums, but splits the read into streams that each start cold in a page of their own.
-#include "cpu/linear.h"
+#include "cpu/linear/linear.h"
 
 #include "cpu/vec.h"
 

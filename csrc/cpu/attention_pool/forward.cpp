@@ -11,9 +11,9 @@
 //
 // bfloat16 with AVX512_BF16 multiplies pairs of neighbours with vdpbf16ps: along the key dimension, the channels (scores),
 // the slots (pooling), the channels again. Everything else is widened to float32. Sums and softmax are float32.
-#include "cpu/attention_pool.h"
+#include "cpu/attention_pool/attention_pool.h"
 
-#include "cpu/attention_pool_slots.h"
+#include "cpu/attention_pool/slots.h"
 #include "cpu/tile.h"
 
 namespace vlmkern {

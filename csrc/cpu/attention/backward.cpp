@@ -5,7 +5,7 @@
 // Where lse is so large that its rounding shows in P, a block's maxima, sums and delta are computed again: two products
 // more, so 14 instead of 10 * tokens^2 * head_dim.
 //
-// S^T = K Q^T and dP^T = V dO^T are tiles of keys times queries in the SIMD lanes, as in attention.cpp. dQ^T = K^T dS^T
+// S^T = K Q^T and dP^T = V dO^T are tiles of keys times queries in the SIMD lanes, as in forward.cpp. dQ^T = K^T dS^T
 // takes dS^T as it comes, queries in the lanes; in dV = P^T dO and dK the rows of P^T and dS^T are what is broadcast,
 // and channels lie in the lanes. So nothing is transposed, at the price of channels padded to whole vectors.
 //
@@ -15,7 +15,7 @@
 //
 // bfloat16 with AVX512_BF16 multiplies pairs (of channels, keys or queries), so P and dS are rounded to bfloat16
 // before their products; everything else is widened to float32.
-#include "cpu/attention.h"
+#include "cpu/attention/attention.h"
 #include "cpu/tile.h"
 
 namespace vlmkern {

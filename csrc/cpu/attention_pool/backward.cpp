@@ -1,4 +1,4 @@
-// Gradients of attention pooling, between the products with weights, by the algebra of attention_pool.cpp: neither keys
+// Gradients of attention pooling, between the products with weights, by the algebra of forward.cpp: neither keys
 // nor values of single slots are made, nor their gradients. Per window with slots x_j and per head:
 //     a = W_K^T q and b = W_V^T do come in, from the query and the gradient of the head's attended values;
 //     p = softmax_j(scale * a . x_j), ds_j = scale * p_j (b . x_j - sum_i p_i b . x_i), as biases drop out of both;
@@ -7,7 +7,7 @@
 //     dq = W_K y, dW_K = q y^T, dW_V = do pooled^T.
 //
 // 16 * slots FLOPs and about four elements of traffic per head and channel; sums are float32.
-#include "cpu/attention_pool.h"
+#include "cpu/attention_pool/attention_pool.h"
 #include "cpu/tile.h"
 
 namespace vlmkern {

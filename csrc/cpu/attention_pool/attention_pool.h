@@ -64,7 +64,7 @@ struct AttentionPool {
   const Extents* extents;  // of the features, pad, pad_embed and keep
 };
 
-// The gradients' part between the products with weights, see attention_pool_bwd.cpp. Everything is dense.
+// The gradients' part between the products with weights, see backward.cpp. Everything is dense.
 struct PoolSlotsBwd {
   DType dtype;
   const void* x;         // [windows, size, width], the slots as they are attended to
