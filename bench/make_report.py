@@ -23,7 +23,7 @@ from scaling import TILES, scaling
 
 from vlmkern.efficiency import efficiency_rows, sweep_rows
 from vlmkern.models.jina_vlm.image_processor import JinaVLMImageProcessor
-from vlmkern.tiling_picture import draw_tiling
+from vlmkern.models.jina_vlm.tiling_picture import draw_tiling
 
 HERE = Path(__file__).parent
 Table = dict[str, Any]

@@ -9,7 +9,7 @@ from PIL import Image  # noqa: E402
 
 from vlmkern.models.jina_vlm.image_processor import JinaVLMImageProcessor  # noqa: E402
 from vlmkern.models.jina_vlm.tiling import RELEASED_GEOMETRY  # noqa: E402
-from vlmkern.tiling_picture import PALETTE, draw_crop, draw_tiling  # noqa: E402
+from vlmkern.models.jina_vlm.tiling_picture import PALETTE, draw_crop, draw_tiling  # noqa: E402
 
 
 def grey(width, height, level=200):

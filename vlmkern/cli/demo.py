@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..images import load_image
 from ..models.jina_vlm import JinaVLM, JinaVLMConfig, JinaVLMImageProcessor, JinaVLMProcessor
-from ..tiling_picture import draw_tiling
+from ..models.jina_vlm.tiling_picture import draw_tiling
 from .accuracy import OpError, SampledInputs
 from .stages import Stage, StageClock
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..._files import read_json_object, reason
 from ...ops.attention_pool.windows import windows_per_tile
-from .section import LARGEST_SIZE, ConfigError, Section, shown
+from .._shared.section import LARGEST_SIZE, ConfigError, Section, shown
 
 
 @dataclass(frozen=True)

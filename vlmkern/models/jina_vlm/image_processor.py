@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from ..._files import read_json_object, reason
 from ...images import rgb_array
-from .section import shown
+from .._shared.section import shown
 from .tiling import (
     MAX_ID,
     MAX_PIXELS,

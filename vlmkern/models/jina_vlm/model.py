@@ -55,9 +55,7 @@ class JinaVLM(nn.Module):
         Raises:
             TypeError, ValueError: another `dtype`.
         """
-        model = checkpoint.uninitialised(cls, config, dtype, device)
-        checkpoint.randomise(model, seed)
-        return model.eval()
+        return checkpoint.random(cls, config or JinaVLMConfig(), seed, dtype, device)
 
     @classmethod
     def from_pretrained(
@@ -80,7 +78,7 @@ class JinaVLM(nn.Module):
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Writes config.json and model.safetensors, readable by `from_pretrained`."""
-        checkpoint.save(self, Path(directory))
+        checkpoint.save(self, self.config, Path(directory))
 
     @property
     def dtype(self) -> torch.dtype:

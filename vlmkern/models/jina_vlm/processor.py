@@ -17,8 +17,8 @@ from tokenizers import Tokenizer
 from torch.nn.utils.rnn import pad_sequence
 
 from ..._files import MOST_JSON_BYTES, read_regular, read_text, reason
+from .._shared.section import shown
 from .image_processor import CONFIG_FILE, DROPPED, JinaVLMImageProcessor, naming, read_json
-from .section import shown
 
 if TYPE_CHECKING:
     import os

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import NamedTuple, TypeAlias
 
-from .section import shown
+from .._shared.section import shown
 
 MAX_ASPECT_RATIO = 200
 """Images longer than this times their short side are refused: they would be stretched beyond recognition."""

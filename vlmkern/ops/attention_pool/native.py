@@ -141,8 +141,8 @@ def _attend_bwd(
 ) -> tuple[Tensor, list[Tensor]]:
     """d_out [W, Co], slots x [W, J, L*C] -> gradients by x, in float32, and by (w_q, b_q, w_kv, b_kv, w_o).
 
-    With neither keys nor values: csrc/cpu/attention_pool/backward.cpp has the algebra. A third of the products' work at four
-    slots a window, a few heads at a time."""
+    With neither keys nor values: csrc/cpu/attention_pool/backward.cpp has the algebra. A third of the products' work at
+    four slots a window, a few heads at a time."""
     b_q = _with_key_bias(b_q, b_kv, len(w_q))
     x = x.contiguous()
     windows, size, width = x.shape

@@ -1,4 +1,5 @@
-"""Linear layers on CPU: the C++ kernel of csrc/cpu/linear/few_rows.cpp for a few rows, oneDNN with fused epilogues for more.
+"""Linear layers on CPU: the C++ kernel of csrc/cpu/linear/few_rows.cpp for a few rows, for more oneDNN with fused
+epilogues.
 
 oneDNN is reached through torch's own `mkldnn` ops, not through F.linear: in float32 that calls MKL, which takes a slow
 path on other vendors' CPUs (100 against 235 GFLOP/s a core on Zen 5), and it has no epilogues.

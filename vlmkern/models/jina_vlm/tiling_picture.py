@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from PIL import Image, ImageDraw, ImageFont
 
-from .images import load_image
+from ...images import load_image
 
 if TYPE_CHECKING:
     import os
 
-    from .images import ImageSource
-    from .models.jina_vlm.image_processor import JinaVLMImageProcessor
-    from .models.jina_vlm.tiling import Span, TilePlan, TilingGeometry
+    from ...images import ImageSource
+    from .image_processor import JinaVLMImageProcessor
+    from .tiling import Span, TilePlan, TilingGeometry
 
 __all__ = ["draw_crop", "draw_tiling"]
 
