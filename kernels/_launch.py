@@ -22,6 +22,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -87,10 +88,21 @@ class Kernel(NamedTuple):
         return self.candidates if bits == 16 or self.wide_candidates is None else self.wide_candidates
 
 
-_recorded: list[Launch] | None = None
-_target: int | None = None
-_forced: dict[str, Config] = {}
-_plans: list[Any] = []
+class _Overrides(NamedTuple):
+    """What differs from how kernels are launched for users, in one thread.
+
+    Attributes:
+        recorded: where launches are noted in place of being run.
+        target: the architecture whose tables are read for tensors that are on no GPU.
+        forced: configurations by kernel, in place of what tables say.
+    """
+
+    recorded: list[Launch] | None = None
+    target: int | None = None
+    forced: dict[str, Config] = {}  # noqa: RUF012 (never changed, only replaced)
+
+
+_overrides: ContextVar[_Overrides | None] = ContextVar("vlmkern_launch_overrides", default=None)
 
 
 def launch(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], config: Config, **constants: Any) -> None:
@@ -107,8 +119,9 @@ def split(config: Config, constants: dict[str, Any]) -> tuple[dict[str, Any], di
 
 def start(call: Launch) -> None:
     """Runs a launch on the device of its first argument that is a tensor, or notes it under `recording`."""
-    if _recorded is not None:
-        _recorded.append(call)
+    overrides = _overrides.get()
+    if overrides is not None and overrides.recorded is not None:
+        overrides.recorded.append(call)
         return
     device = next(arg.device for arg in call.args if isinstance(arg, Tensor))
     if device.type == "cuda" and device.index != torch.cuda.current_device():
@@ -119,10 +132,14 @@ def start(call: Launch) -> None:
 
 
 def planned(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Keeps what a function of shapes and strides returns, as long as configurations stay what they are."""
+    """Keeps what a function of shapes and strides returns, but where configurations are not the tables' own."""
     kept = functools.lru_cache(maxsize=4096)(function)
-    _plans.append(kept)
-    return kept
+
+    @functools.wraps(function)
+    def plan(*args: Any) -> Any:
+        return kept(*args) if _overrides.get() is None else function(*args)
+
+    return plan
 
 
 def select(name: str, like: Tensor, tma: bool = False, **shape: int) -> Config:
@@ -136,39 +153,38 @@ def select(name: str, like: Tensor, tma: bool = False, **shape: int) -> Config:
 
 def select_for(name: str, dtype: torch.dtype, device: torch.device, tma: bool = False, **shape: int) -> Config:
     """`select` without a tensor."""
-    if name in _forced and (tma or not _forced[name].get("TMA")):
-        return _forced[name]
+    overrides = _overrides.get()
+    forced = None if overrides is None else overrides.forced.get(name)
+    if forced is not None and (tma or not forced.get("TMA")):
+        return forced
     return _select(name, _arch(device), dtype.itemsize * 8, tma, **shape)
 
 
 @contextmanager
 def recording(arch: int | None = None) -> Iterator[list[Launch]]:
-    """Inside, launches are appended to the list that this gives, in place of being run. `arch` is the compute
-    capability, e.g. 90, that configurations are selected for where tensors are on no GPU."""
-    global _recorded, _target
-    before = _recorded, _target
-    _recorded, _target = [], arch
-    _forget_plans()
-    try:
-        yield _recorded
-    finally:
-        _recorded, _target = before
-        _forget_plans()
+    """Inside, launches of this thread are appended to the list that this gives, in place of being run. `arch` is the
+    compute capability, e.g. 90, that configurations are selected for where tensors are on no GPU."""
+    recorded: list[Launch] = []
+    with _overriding(recorded=recorded, target=arch):
+        yield recorded
 
 
 @contextmanager
 def forced(name: str, config: Config) -> Iterator[None]:
-    """Inside, kernel `name` takes `config` in place of what its tables say, unless that needs descriptors that the
-    operands do not allow."""
-    before = dict(_forced)
-    _forced[name] = config
-    _forget_plans()
+    """Inside, kernel `name` takes `config` in this thread in place of what its tables say, unless that needs
+    descriptors that the operands do not allow."""
+    now = _overrides.get() or _Overrides()
+    with _overriding(forced={**now.forced, name: config}):
+        yield
+
+
+@contextmanager
+def _overriding(**changes: Any) -> Iterator[None]:
+    token = _overrides.set((_overrides.get() or _Overrides())._replace(**changes))
     try:
         yield
     finally:
-        _forced.clear()
-        _forced.update(before)
-        _forget_plans()
+        _overrides.reset(token)
 
 
 def table(name: str, arch: int, folder: str | Path | None = None) -> dict[str, Any]:
@@ -273,7 +289,7 @@ def _lacking(content: Any, shipped: dict[str, Any]) -> str:
     return ""
 
 
-@functools.cache
+@functools.lru_cache(maxsize=4096)
 def _select(name: str, arch: int, bits: int, tma: bool, **shape: int) -> Config:
     nearest, distance = None, math.inf
     for entry, config in rows(name, arch, bits):
@@ -291,11 +307,6 @@ def _select(name: str, arch: int, bits: int, tma: bool, **shape: int) -> Config:
     return nearest
 
 
-def _forget_plans() -> None:
-    for plan in _plans:
-        plan.cache_clear()
-
-
 def _distance(entry: dict[str, int], shape: dict[str, int]) -> float:
     steps = [abs(math.log2(max(1, shape[key]) / value)) for key, value in entry.items()]
     return sum(steps) / len(steps) if max(steps) < 1 else math.inf
@@ -305,7 +316,8 @@ def _arch(device: torch.device) -> int:
     if device.type == "cuda":
         return table_arch(device.index)
     # the interpreter runs the tables of the architecture with the most variants
-    return _target or 90
+    overrides = _overrides.get()
+    return (overrides and overrides.target) or 90
 
 
 @functools.cache
