@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 TESTS = (
-    *("attention", "attention_pool", "linear", "swiglu_mlp"),
+    *("attention", "attention_pool", "attention_pool_gradients", "attention_pool_native", "linear", "swiglu_mlp"),
     *("native", "native_extremes", "native_memory", "native_properties", "ops_in_torch"),
 )
 # compilers and child processes would run with the preloaded runtime, and without the sanitized extension
