@@ -142,9 +142,18 @@ def test_providers_are_left_out_by_choice_by_what_they_did_and_by_what_they_have
     assert "ended the process" in rows["eager"]["unavailable"] and "ms" in rows["flash_attn_4"]
 
 
-def forget(package):
-    for name in [name for name in sys.modules if name.startswith(package)]:
-        del sys.modules[name]
+@pytest.fixture
+def packages(tmp_path, monkeypatch):
+    """Where packages are written that stand for real ones, of which nothing is left after the test."""
+
+    def forget():
+        for name in [name for name in sys.modules if name.startswith(("flash_attn", "transformer_engine"))]:
+            del sys.modules[name]
+
+    forget()
+    monkeypatch.syspath_prepend(tmp_path)
+    yield tmp_path
+    forget()
 
 
 @pytest.mark.parametrize(
@@ -155,31 +164,29 @@ def forget(package):
         ("flash_attn", "flash_attn_2", 1),
     ],
 )
-def test_attention_of_libraries_that_are_there(tmp_path, monkeypatch, package, provider, outs):
+def test_attention_of_libraries_that_are_there(packages, package, provider, outs):
     """Stand-ins with the signatures of the real ones."""
-    file = tmp_path / package.replace(".", "/")
+    file = packages / package.replace(".", "/")
     file.mkdir(parents=True)
-    for folder in {tmp_path / package.split(".")[0], file}:
+    for folder in {packages / package.split(".")[0], file}:
         (folder / "__init__.py").touch()
-    (tmp_path / "flash_attn_2_cuda.py").touch()
+    (packages / "flash_attn_2_cuda.py").touch()
     (file / "__init__.py").write_text(
         "import torch.nn.functional as F\n"
         "def flash_attn_func(q, k, v):\n"
         "    out = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)\n"
         f"    return {'out' if outs == 1 else '(out, None)'}\n"
     )
-    monkeypatch.syspath_prepend(tmp_path)
-    forget("flash_attn")
     case = CASES["attention"]()
     (row,) = measure(case, names={provider})
     assert row["relative_error"] < 0.05
     assert (provider in case.forward_only) == (provider == "flash_attn_4")
 
 
-def test_attention_of_transformer_engine(tmp_path, monkeypatch):
-    (tmp_path / "transformer_engine").mkdir()
-    (tmp_path / "transformer_engine" / "__init__.py").touch()
-    (tmp_path / "transformer_engine" / "pytorch.py").write_text(
+def test_attention_of_transformer_engine(packages):
+    (packages / "transformer_engine").mkdir()
+    (packages / "transformer_engine" / "__init__.py").touch()
+    (packages / "transformer_engine" / "pytorch.py").write_text(
         "import torch.nn.functional as F\n"
         "class DotProductAttention:\n"
         "    def __init__(self, num_attention_heads, kv_channels, *, attention_dropout, qkv_format, attn_mask_type):\n"
@@ -190,8 +197,6 @@ def test_attention_of_transformer_engine(tmp_path, monkeypatch):
         "        q, k, v = (x.transpose(1, 2) for x in (q, k, v))\n"
         "        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)\n"
     )
-    monkeypatch.syspath_prepend(tmp_path)
-    forget("transformer_engine")
     (row,) = measure(CASES["attention"](), names={"transformer_engine"})
     assert row["relative_error"] < 0.05
 

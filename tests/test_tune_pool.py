@@ -175,7 +175,7 @@ def test_what_cannot_fit_is_not_compiled(monkeypatch):
     assert least_shared_bytes(Task(problem, wide, 90, 90)) == 256 * 1024
     assert least_shared_bytes(Task(problem, wide | {"TMA": False}, 90, 90)) == 0
     kernel = kernel_of(problem)
-    monkeypatch.setattr(attention, "KERNELS", (kernel._replace(candidates=(wide,)),))
+    monkeypatch.setattr(attention, "KERNELS", (kernel._replace(wide_candidates=(wide,)),))
     compiled = []
     monkeypatch.setattr(rounds, "compile_task", lambda task: compiled.append(task) or Binary(0, 0, 32, 4, 0))
     (case,) = rounds.search([problem], 90, device=None, workers=0)
