@@ -174,11 +174,14 @@ class Run:
         """Writes the tables that come of what was timed so far; whether there are any."""
         from vlmkern import tune
 
-        log = self.out / "tuning.jsonl"
-        found = tune.tables(log) if log.exists() else []
+        try:
+            found = tune.tables(self.out / "tuning.jsonl")
+        except (OSError, ValueError):
+            # there is no such file, or no candidate was timed
+            return False
         for table in found:
             tune.write(table, self.tables)
-        return bool(found)
+        return True
 
     def _progress(self, step: Step) -> int:
         """A number that grows with what is settled."""
@@ -195,8 +198,8 @@ class Run:
     def _left(self, step: Step) -> str:
         if not self._counts(step):
             return ""
-        ledger = Ledger(self.out / step.file, self.of)
-        return f", {len(ledger.left)} left" if ledger.left else ""
+        left = Ledger(self.out / step.file, self.of).left(step.name)
+        return f", {len(left)} left" if left else ""
 
 
 class _Tee:

@@ -74,9 +74,9 @@ class Entry:
     compiled: bool = True
 
     @property
-    def units(self) -> list[str]:
-        """Names of what is timed together."""
-        return [f"{self.name} {mode}" for mode in self.modes]
+    def units(self) -> dict[str, str]:
+        """Names of what is timed together, and their modes."""
+        return {f"{self.name} {mode}": mode for mode in self.modes}
 
 
 def op_entries(dtype: torch.dtype = torch.bfloat16) -> list[Entry]:

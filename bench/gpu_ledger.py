@@ -1,7 +1,7 @@
 """What a run on a GPU has done so far, a JSON line each, on disk at once: a process that dies loses nothing.
 
     {"of": ...}                          what the lines behind it belong to: a card and the state of the code
-    {"units": [...]}                     all that there is to do
+    {"units": [...], "step": ...}        all that a step has to do
     {"begun": unit}, {"at": unit, "part": ...}
     {"done": unit, ...}                  with its results, or "failed" and why
     {"stopped": unit}                    ended from outside for lack of time: to be begun again
@@ -29,7 +29,7 @@ class Ledger:
 
     def __init__(self, path: Path, of: str) -> None:
         self.path, self.of = path, of
-        self.units: list[str] = []
+        self.units: dict[str, list[str]] = {}
         self.results: dict[str, dict[str, Any]] = {}
         self.lost: dict[str, set[str]] = {}
         self.open: str | None = None
@@ -39,7 +39,7 @@ class Ledger:
 
     def read(self) -> None:
         """Takes note of what the file says now."""
-        self.units, self.results, self.lost, self.open, self._part, self._ours = [], {}, {}, None, None, False
+        self.units, self.results, self.lost, self.open, self._part, self._ours = {}, {}, {}, None, None, False
         for line in self.path.read_bytes().splitlines() if self.path.exists() else ():
             try:
                 row = json.loads(line)
@@ -56,16 +56,15 @@ class Ledger:
         """Whether there is nothing to do about a unit, as it has an end or took its process with it."""
         return unit in self.results
 
-    @property
-    def left(self) -> list[str]:
-        """Units without an end."""
-        return [unit for unit in self.units if unit not in self.results]
+    def left(self, step: str) -> list[str]:
+        """Units of a step that have no end."""
+        return [unit for unit in self.units.get(step, ()) if unit not in self.results]
 
-    def announce(self, units: list[str]) -> None:
-        """Says what there is to do, and settles what a process before this one died of."""
+    def announce(self, units: list[str], step: str) -> None:
+        """Says what a step has to do, and settles what a process before this one died of."""
         self._lose()
-        self._write({"units": units})
-        self.units = list(dict.fromkeys([*self.units, *units]))
+        self._write({"units": units, "step": step})
+        self._add(units, step)
 
     def begin(self, unit: str) -> None:
         """Notes that a unit is at work."""
@@ -89,7 +88,7 @@ class Ledger:
     def _take(self, row: dict[str, Any]) -> None:
         if "units" in row:
             self._lose()
-            self.units = list(dict.fromkeys([*self.units, *row["units"]]))
+            self._add(row["units"], row["step"])
         elif "begun" in row:
             self._lose()
             self.open, self._part = row["begun"], None
@@ -100,6 +99,9 @@ class Ledger:
         elif "done" in row:
             self.open = None
             self.results[row["done"]] = {key: value for key, value in row.items() if key != "done"}
+
+    def _add(self, units: list[str], step: str) -> None:
+        self.units[step] = list(dict.fromkeys([*self.units.get(step, ()), *units]))
 
     def _lose(self) -> None:
         if self.open is not None:

@@ -27,7 +27,7 @@ class Recorder:
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
         """Those of bfloat16, and of no dtype, come first."""
         items.sort(key=lambda item: ("fp32" in item.nodeid) + 2 * ("fp16" in item.nodeid))
-        self.ledger.announce([item.nodeid for item in items])
+        self.ledger.announce([item.nodeid for item in items], "numerics")
         items[:] = [item for item in items if not self.ledger.settled(item.nodeid)]
 
     @pytest.hookimpl(tryfirst=True)

@@ -75,7 +75,7 @@ def numerics_text(ledger: Ledger) -> str:
     """Counts, and what failed."""
     outcomes = [row.get("outcome", "failed") for row in ledger.results.values()]
     counts = ", ".join(f"{outcomes.count(name)} {name}" for name in ("passed", "failed", "skipped"))
-    lines = [f"numerics: {counts}, {len(ledger.left)} left"]
+    lines = [f"numerics: {counts}, {len(ledger.left('numerics'))} left"]
     worst = max((row for row in ledger.results.items() if "of_allowed" in row[1]), key=_of_allowed, default=None)
     if worst:
         name = worst[0].rpartition("::")[2]

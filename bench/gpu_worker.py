@@ -10,6 +10,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,7 @@ class Work:
         import gpu_device
 
         ledger = self.ledger()
-        ledger.announce(["machine", "kernels"])
+        ledger.announce(["machine", "kernels"], self.step.name)
         device = gpu_device.current()
         if not ledger.settled("machine"):
             ledger.begin("machine")
@@ -110,7 +111,7 @@ class Work:
         """All ops, by all providers that need no compilation of minutes."""
         import gpu_cases
 
-        return self.cases(gpu_cases.op_entries(), without={"compile"})
+        return self.cases(gpu_cases.op_entries(), _without_compilation)
 
     def blocks(self) -> int:
         """Parts of the model; then, if there are tuned tables, the ops again."""
@@ -119,71 +120,75 @@ class Work:
         entries = gpu_cases.block_entries()
         if not entries:
             print_line(f"parts of the model are left out: they need {', '.join(gpu_cases.MODELS_NEED)}")
-        status = self.cases(entries, without={"compile"})
+        status = self.cases(entries, _without_compilation)
         if status or "VLMKERN_TABLES" not in os.environ:
             return status
-        return self.cases(gpu_cases.op_entries(), without={"compile"}, label=" tuned")
+        return self.cases(gpu_cases.op_entries(), _without_compilation, label=" tuned")
 
     def compile(self) -> int:
         """What torch.compile has a form of, by it and by us."""
         import gpu_cases
 
         entries = [entry for entry in (*gpu_cases.op_entries(), *gpu_cases.block_entries()) if entry.compiled]
-        return self.cases(entries, only={"compile", "vlmkern"}, label=" compiled")
+        return self.cases(entries, lambda provider: provider in ("compile", "vlmkern"), label=" compiled")
 
-    def cases(
-        self, entries: list[Any], only: set[str] | None = None, without: set[str] | None = None, label: str = ""
-    ) -> int:
-        """Measures entries of gpu_cases whose units are not in the ledger under their names with `label`."""
-        import gpu_cases
+    def cases(self, entries: list[Any], wanted: Callable[[str], bool], label: str = "") -> int:
+        """Measures entries of gpu_cases whose units are not in the ledger under their names with `label`, by the
+        providers that are wanted."""
         import gpu_measure
         import gpu_summary
-        import torch
+        from gpu_cases import DEVICE
 
-        device = gpu_cases.DEVICE
-        device.prepare()
+        DEVICE.prepare()
         ledger = self.ledger()
         ceilings = ledger.results.get("machine")
         if ceilings is None or "failed" in ceilings:
             # the step before was left out
-            ceilings = describe(device) | device.ceilings()
+            ceilings = describe(DEVICE) | DEVICE.ceilings()
             ledger.end("machine", **ceilings)
-        ledger.announce([unit + label for entry in entries for unit in entry.units])
-        for entry in entries:
-            for mode, unit in zip(entry.modes, (unit + label for unit in entry.units), strict=True):
-                if ledger.settled(unit):
-                    continue
-                if self.over:
-                    return 0
-                ledger.begin(unit)
-                torch.manual_seed(0)
-                try:
-                    with device.backend():
-                        case = entry.make()
-                        names = set(case.providers) - (without or set()) & set(case.providers)
-                        rows = gpu_measure.measure(
-                            case,
-                            mode,
-                            rounds=ROUNDS,
-                            ceilings=ceilings,
-                            names=names if only is None else names & only,
-                            lost=ledger.lost.get(unit, ()),
-                            at=lambda part, unit=unit: ledger.at(unit, part),
-                        )
-                except gpu_measure.DeviceLost as error:
-                    print_line(f"{unit}: {error}: begun again without it")
+        units = {f"{unit}{label}": (entry, mode) for entry in entries for unit, mode in entry.units.items()}
+        ledger.announce(list(units), self.step.name)
+        for unit, (entry, mode) in units.items():
+            if ledger.settled(unit):
+                continue
+            if self.over:
+                return 0
+            ledger.begin(unit)
+            try:
+                rows = self._measured(entry, mode, unit, wanted, ceilings, ledger)
+            except gpu_measure.DeviceLost as error:
+                # not its end: another process begins it again without the provider at fault
+                print_line(f"{unit}: {error}")
+                return LOST
+            except Exception as error:
+                ledger.end(unit, failed=gpu_measure.one_line(error))
+                print_line(f"{unit}: {gpu_measure.one_line(error)}")
+                if not DEVICE.alive():
                     return LOST
-                except Exception as error:
-                    if not device.alive():
-                        ledger.end(unit, failed=gpu_measure.one_line(error))
-                        return LOST
-                    ledger.end(unit, failed=gpu_measure.one_line(error))
-                    print_line(f"{unit}: {gpu_measure.one_line(error)}")
-                    continue
+            else:
                 ledger.end(unit, rows=rows, tables="tuned" if "VLMKERN_TABLES" in os.environ else "shipped")
                 print_line(gpu_summary.one_line(unit, rows))
-                case = None
         return 0
+
+    def _measured(
+        self, entry: Any, mode: str, unit: str, wanted: Callable[[str], bool], ceilings: dict[str, Any], ledger: Ledger
+    ) -> list[dict[str, Any]]:
+        import gpu_measure
+        import torch
+        from gpu_cases import DEVICE
+
+        torch.manual_seed(0)
+        with DEVICE.backend():
+            case = entry.make()
+            return gpu_measure.measure(
+                case,
+                mode,
+                rounds=ROUNDS,
+                ceilings=ceilings,
+                names=[name for name in case.providers if wanted(name)],
+                lost=ledger.lost.get(unit, ()),
+                at=lambda part: ledger.at(unit, part),
+            )
 
     def tune(self, *, rest: bool) -> int:
         """The candidates of `TUNED`, or of all kernels, into `OUT/tuning.jsonl`."""
@@ -217,6 +222,10 @@ class Work:
             print_line(str(error))
             return LOST
         return 0
+
+
+def _without_compilation(provider: str) -> bool:
+    return provider != "compile"
 
 
 def table_arch(device: Any) -> int:

@@ -65,7 +65,8 @@ def test_all_steps_are_rehearsed(rehearsed):
         [step.name for step in gpu_steps.STEPS], "done"
     )
     bench, numerics = (Ledger(out / name, run["of"]) for name in ("bench.jsonl", "numerics.jsonl"))
-    assert not bench.left and not numerics.left and not bench.lost and not numerics.lost
+    assert not any(ledger.left(step) for ledger in (bench, numerics) for step in ledger.units)
+    assert not bench.lost and not numerics.lost and set(bench.units) == {"machine", "bench", "blocks", "compile"}
     assert not any("failed" in row for ledger in (bench, numerics) for row in ledger.results.values())
     outcomes = [row["outcome"] for row in numerics.results.values()]
     assert outcomes.count("passed") > 80 and outcomes.count("skipped") == 4
@@ -117,7 +118,7 @@ from gpu_ledger import Ledger
 name, out, until, of = sys.argv[1:]
 ledger = Ledger(Path({file!r}), of)
 {first}
-ledger.announce(["a", "b", "c"])
+ledger.announce(["a", "b", "c"], name)
 for unit in "abc":
     if ledger.settled(unit):
         continue
@@ -177,7 +178,7 @@ def test_a_unit_goes_on_without_the_part_that_ended_its_process(go):
 
 def test_time_that_is_over_is_not_held_against_a_unit(go):
     state, ledger = go("time.sleep(600)", seconds=2.0)
-    assert state == "time over, 2 left" and values(ledger) == {"a": "A"} and ledger.left == ["b", "c"]
+    assert state == "time over, 2 left" and values(ledger) == {"a": "A"} and ledger.left("bench") == ["b", "c"]
     state, ledger = go("pass")
     assert state == "done" and values(ledger) == {"a": "A", "b": "B", "c": "C"}
 
@@ -205,20 +206,39 @@ def test_the_log_stays_within_its_limit(go, tmp_path, monkeypatch, capsys):
 def test_lines_that_were_cut_or_are_of_other_code_do_not_count(tmp_path):
     path = tmp_path / "bench.jsonl"
     other = Ledger(path, "an older state")
-    other.announce(["a", "b"])
+    other.announce(["a", "b"], "bench")
     other.end("a", value=1)
     other.begin("b")
     ledger = Ledger(path, OF)
     assert not ledger.units and not ledger.results and ledger.open is None
-    ledger.announce(["a", "b"])
+    ledger.announce(["a", "b"], "bench")
     ledger.end("a", value=2)
     with path.open("a") as file:
         file.write('{"done": "b", "val')
     ledger = Ledger(path, OF)
-    assert ledger.results == {"a": {"value": 2}} and ledger.left == ["b"]
+    assert ledger.results == {"a": {"value": 2}} and ledger.left("bench") == ["b"]
     ledger.end("b", value=3)
     assert Ledger(path, OF).results == {"a": {"value": 2}, "b": {"value": 3}}
     assert Ledger(path, "an older state").results == {"a": {"value": 1}, "b": {"failed": gpu_ledger.DIED}}
+
+
+def test_steps_that_share_a_file_have_their_own_units(tmp_path):
+    ledger = Ledger(tmp_path / "bench.jsonl", OF)
+    ledger.announce(["a", "b"], "bench")
+    ledger.end("a")
+    ledger.announce(["c"], "blocks")
+    ledger.announce(["d"], "blocks")
+    ledger.end("c")
+    again = Ledger(tmp_path / "bench.jsonl", OF)
+    assert again.left("bench") == ledger.left("bench") == ["b"] and again.left("blocks") == ["d"]
+    assert again.left("compile") == []
+
+
+def test_tables_of_a_log_without_times_are_none(tmp_path):
+    run = gpu.Run(tmp_path, OF, rehearsal=True)
+    assert not run._tuned()
+    (tmp_path / "tuning.jsonl").write_text('{"kernel": "silu_mul_fwd_kernel", "arch": 90, "dropped": "wrong"}\n')
+    assert not run._tuned() and "VLMKERN_TABLES" not in run._environment(gpu_steps.STEPS[4])
 
 
 def test_every_step_ends_later_than_those_before_it_and_before_the_end():
@@ -272,7 +292,7 @@ def record(tmp_path):
 def test_outcomes_of_tests_are_recorded_once(record, tmp_path):
     status, found, ledger = record()
     outcomes = {name: row["outcome"] for name, row in found.items()}
-    assert status == 1 and not ledger.left
+    assert status == 1 and not ledger.left("numerics")
     assert outcomes == {"test_fails": "failed", "test_passes": "passed", "test_skips": "skipped", "test_fp16": "passed"}
     assert "a reason" in found["test_fails"]["failed"] and found["test_passes"]["of_allowed"] == 0.25
     (tmp_path / "marker").unlink()
@@ -283,14 +303,14 @@ def test_outcomes_of_tests_are_recorded_once(record, tmp_path):
 def test_tests_behind_a_lost_device_are_left_for_another_process(record):
     status, found, ledger = record("def test_breaks():\n    raise RuntimeError('CUDA error: an illegal memory access')")
     assert status == 3 and found["test_breaks"]["outcome"] == "failed"
-    assert [unit.split("::")[-1] for unit in ledger.left] == ["test_fp16"]
+    assert [unit.split("::")[-1] for unit in ledger.left("numerics")] == ["test_fp16"]
     status, found, ledger = record("def test_breaks():\n    raise RuntimeError('CUDA error: an illegal memory access')")
-    assert status == 0 and not ledger.left
+    assert status == 0 and not ledger.left("numerics")
 
 
 def test_no_test_begins_when_the_time_is_over(record):
     status, found, ledger = record(until=0.0)
-    assert status == 0 and not found and len(ledger.left) == 4
+    assert status == 0 and not found and len(ledger.left("numerics")) == 4
 
 
 @pytest.mark.parametrize(
