@@ -280,10 +280,10 @@ def _prepare(out: Path, resume: Path | None) -> None:
 
 
 def _fingerprint() -> str:
-    """Of all code that results depend on."""
+    """Of all code and tables that results depend on."""
     found = hashlib.sha256()
-    for folder in ("kernels", "vlmkern", "bench", "tests/gpu"):
-        for path in sorted((ROOT / folder).rglob("*.py")):
+    for pattern in ("kernels/**/*.py", "kernels/**/*.json", "vlmkern/**/*.py", "bench/*.py", "tests/gpu/*.py"):
+        for path in sorted(ROOT.glob(pattern)):
             found.update(path.relative_to(ROOT).as_posix().encode() + path.read_bytes())
     return found.hexdigest()[:12]
 

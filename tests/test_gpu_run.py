@@ -343,3 +343,13 @@ def test_without_a_device(capsys, tmp_path):
 
 def test_words_that_tell_of_a_lost_device():
     assert any(words in "RuntimeError: CUDA error: unspecified launch failure" for words in gpu_pytest.FATAL)
+
+
+def test_results_belong_to_code_and_tables(tmp_path, monkeypatch):
+    for name in ("kernels/a/b.py", "kernels/configs/sm_90/k.json", "vlmkern/ops/c.py", "bench/d.py", "tests/gpu/e.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("1")
+        monkeypatch.setattr(gpu, "ROOT", tmp_path)
+        before = gpu._fingerprint()
+        (tmp_path / name).write_text("2")
+        assert gpu._fingerprint() != before, name
