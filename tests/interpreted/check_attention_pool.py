@@ -148,9 +148,12 @@ def test_low_precision_gradients(dtype):
 
 def test_shipped_configurations():
     problem = Problem(grid=(5, 5), heads=3, key_dim=72, value_dim=72, channels=40, dtype=torch.bfloat16)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_launch, "_forced", {})
+    # without the small blocks of the other tests
+    token = _launch._overrides.set(None)
+    try:
         actual = problem.run()
+    finally:
+        _launch._overrides.reset(token)
     with vlmkern.use_backend("reference"):
         low_precision_close(actual, problem.run)
 
