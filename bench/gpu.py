@@ -272,8 +272,7 @@ def _prepare(out: Path, resume: Path | None) -> None:
     out.mkdir(parents=True, exist_ok=True)
     if resume is None:
         return
-    if not (resume / "run.json").is_file():
-        raise ValueError(f"--resume: got {resume}, expected a folder of results with a run.json")
+    _require_results("--resume", resume)
     for name in FILES:
         if (resume / name).is_file() and not (out / name).exists():
             (out / name).write_bytes((resume / name).read_bytes())
@@ -289,10 +288,14 @@ def _fingerprint() -> str:
 
 
 def _show(folder: Path) -> int:
-    if not (folder / "run.json").is_file():
-        raise ValueError(f"--show: got {folder}, expected a folder of results with a run.json")
+    _require_results("--show", folder)
     show(folder, json.loads((folder / "run.json").read_text(encoding="utf-8"))["of"], Console(width=150))
     return 0
+
+
+def _require_results(option: str, folder: Path) -> None:
+    if not (folder / "run.json").is_file():
+        raise ValueError(f"{option}: got {folder}, expected a folder of results with a run.json")
 
 
 if __name__ == "__main__":

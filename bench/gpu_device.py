@@ -85,19 +85,10 @@ class Cuda:
 
     def times(self, calls: dict[str, Call], rounds: int) -> dict[str, float]:
         """Median milliseconds of each, in turn, each time after the L2 cache was overwritten."""
-        replays = {name: self.captured(call) for name, call in calls.items()}
-        flush = torch.empty(2**28, dtype=torch.uint8, device="cuda")
-        events: dict[str, list[tuple[Any, Any]]] = {name: [] for name in calls}
-        for _ in range(rounds):
-            for name, replay in replays.items():
-                flush.zero_()
-                start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-                start.record()
-                replay()
-                end.record()
-                events[name].append((start, end))
-        torch.cuda.synchronize()
-        return {name: statistics.median(a.elapsed_time(b) for a, b in pairs) for name, pairs in events.items()}
+        from vlmkern.tune.timing import times_in_turn
+
+        found = times_in_turn([self.captured(call) for call in calls.values()], rounds)
+        return {name: statistics.median(times) for name, times in zip(calls, found, strict=True)}
 
     def captured(self, call: Call) -> Call:
         """The call's CUDA graph, or the call itself where it cannot be captured."""

@@ -35,20 +35,17 @@ class Ledger:
         self.open: str | None = None
         self._part: str | None = None
         self._ours = False
-        self.read()
-
-    def read(self) -> None:
-        """Takes note of what the file says now."""
-        self.units, self.results, self.lost, self.open, self._part, self._ours = {}, {}, {}, None, None, False
-        for line in self.path.read_bytes().splitlines() if self.path.exists() else ():
+        content = path.read_bytes() if path.exists() else b""
+        # a line that was cut when its writer was killed must not swallow the next
+        self._cut = not content.endswith(b"\n") and bool(content)
+        for line in content.splitlines():
             try:
                 row = json.loads(line)
             except ValueError:
-                # cut when its writer was killed
                 continue
             if "of" in row:
                 self._lose()
-                self._ours = row["of"] == self.of
+                self._ours = row["of"] == of
             elif self._ours:
                 self._take(row)
 
@@ -113,7 +110,7 @@ class Ledger:
 
     def _write(self, row: dict[str, Any]) -> None:
         lines = [row] if self._ours else [{"of": self.of}, row]
-        self._ours = True
-        cut = self.path.exists() and not self.path.read_bytes().endswith(b"\n") and self.path.stat().st_size > 0
+        text = "\n" * self._cut + "".join(json.dumps(line) + "\n" for line in lines)
+        self._ours, self._cut = True, False
         with self.path.open("a", encoding="utf-8") as file:
-            file.write("\n" * cut + "".join(json.dumps(line) + "\n" for line in lines))
+            file.write(text)

@@ -10,6 +10,8 @@ import torch
 from gpu_cases import DEVICE, Case, Provider
 from torch import Tensor
 
+from vlmkern._files import named_line
+
 # relative to the largest value of the float32 result; a provider beyond is reported and not timed
 LIMIT = 5e-2
 
@@ -81,9 +83,9 @@ def checked(
         row["peak_mib"] = round(DEVICE.peak_memory(call) / 2**20, 1)
     except Exception as error:
         # a backend that this card, build or shape does not have; what it said is kept with the results
-        row["unavailable"] = one_line(error)
+        row["unavailable"] = named_line(error)
         if not DEVICE.alive():
-            raise DeviceLost(f"{name}: {one_line(error)}") from error
+            raise DeviceLost(f"{name}: {named_line(error)}") from error
         return row
     if row["relative_error"] <= LIMIT:
         calls[name] = call
@@ -141,8 +143,3 @@ def wide_result(case: Case, mode: str) -> list[Tensor]:
     finally:
         for x, data in kept:
             x.data = data
-
-
-def one_line(error: BaseException, most: int = 160) -> str:
-    """What an error says."""
-    return " ".join(f"{type(error).__name__}: {error}".split())[:most]

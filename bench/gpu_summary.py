@@ -27,10 +27,9 @@ def one_line(unit: str, rows: list[Row]) -> str:
 
 def tuned_line(case: Any) -> str:
     """What came of the candidates of one of a kernel's problems, a `vlmkern.tune.Case`."""
-    shape = " ".join(f"{key}={value}" for key, value in case.problem.shape.items())
     counts = ", ".join(f"{count} {what}" for what, count in case.counts().items() if count)
     best, default = case.best, case.of_default
-    text = f"{case.problem.kernel}, {case.problem.bits} bits, {shape}: {counts}"
+    text = f"{case.problem.kernel}, {case.problem.bits} bits, {_pairs(case.problem.shape)}: {counts}"
     if best is not None:
         text += f"; best {best.time * 1e3:.1f} us"
         text += f", default {default.time * 1e3:.1f}" if default is not None else ""
@@ -138,9 +137,9 @@ def tuning_table(log: Path) -> Table:
     for line in log.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             row = json.loads(line)
-            key = row["kernel"], row["bits"], " ".join(f"{k}={v}" for k, v in row["shape"].items())
-            found, number = (row["ms"], " ".join(f"{k}={v}" for k, v in row["config"].items())), row.get("round", 1)
-        except (ValueError, KeyError, TypeError):
+            key = row["kernel"], row["bits"], _pairs(row["shape"])
+            found, number = (row["ms"], _pairs(row["config"])), row.get("round", 1)
+        except (ValueError, KeyError, TypeError, AttributeError):
             continue
         # times of the second round, where there was one, are the ones that decide
         if number > rounds.get(key, 1):
@@ -160,6 +159,10 @@ def tuning_table(log: Path) -> Table:
         milliseconds, config = min(times)
         table.add_row(kernel, str(bits), shape, f"{milliseconds * 1e3:.1f}", config)
     return table
+
+
+def _pairs(values: dict[str, Any]) -> str:
+    return " ".join(f"{key}={value}" for key, value in values.items())
 
 
 def _timed(rows: list[Row], provider: str) -> Row | None:

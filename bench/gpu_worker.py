@@ -20,7 +20,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "bench"), str(ROOT / "tests")]
 from gpu_ledger import Ledger  # noqa: E402
 from gpu_steps import by_name  # noqa: E402
 
-# what tuning is worth its time for, and how many of its candidates a rehearsal takes
+# what tuning is worth its time for
 TUNED = (
     ("attention_fwd_kernel", {"head_dim": 72}),
     ("attention_bwd_dkv_kernel", {"head_dim": 72}),
@@ -34,7 +34,8 @@ TUNED = (
     ("attention_pool_bwd_kernel", None),
     ("attention_pool_bwd_scatter_kernel", None),
 )
-REHEARSED = (("silu_mul_fwd_kernel", {"rows": 16}),)
+# what a rehearsal compiles and tunes
+REHEARSED = ("silu_mul_fwd_kernel", {"rows": 16})
 ROUNDS = 20
 # the status of a process whose device is lost
 LOST = 3
@@ -77,15 +78,14 @@ class Work:
         device = gpu_device.current()
         if not ledger.settled("machine"):
             ledger.begin("machine")
-            device.prepare()
-            ledger.end("machine", **describe(device), **device.ceilings())
+            describe(ledger, device)
         if not ledger.settled("kernels"):
             from vlmkern import aot
 
             ledger.begin("kernels")
             begin = time.monotonic()
             arch = table_arch(device)
-            rows = aot.report(aot.jobs((arch,), REHEARSED[0][0] if device.rehearsal else None))
+            rows = aot.report(aot.jobs((arch,), REHEARSED[0] if device.rehearsal else None))
             (self.out / "kernels.json").write_text(json.dumps(rows), encoding="utf-8")
             ledger.end("kernels", count=len(rows), seconds=round(time.monotonic() - begin, 1))
         print_line(f"ceilings: {ledger.results['machine']}")
@@ -139,13 +139,14 @@ class Work:
         import gpu_summary
         from gpu_cases import DEVICE
 
+        from vlmkern._files import named_line
+
         DEVICE.prepare()
         ledger = self.ledger()
-        ceilings = ledger.results.get("machine")
-        if ceilings is None or "failed" in ceilings:
-            # the step before was left out
-            ceilings = describe(DEVICE) | DEVICE.ceilings()
-            ledger.end("machine", **ceilings)
+        if "matmul_tflops" not in ledger.results.get("machine", {}):
+            # the step that does so was left out, or failed
+            describe(ledger, DEVICE)
+        ceilings = ledger.results["machine"]
         units = {f"{unit}{label}": (entry, mode) for entry in entries for unit, mode in entry.units.items()}
         ledger.announce(list(units), self.step.name)
         for unit, (entry, mode) in units.items():
@@ -161,8 +162,8 @@ class Work:
                 print_line(f"{unit}: {error}")
                 return LOST
             except Exception as error:
-                ledger.end(unit, failed=gpu_measure.one_line(error))
-                print_line(f"{unit}: {gpu_measure.one_line(error)}")
+                ledger.end(unit, failed=named_line(error))
+                print_line(f"{unit}: {named_line(error)}")
                 if not DEVICE.alive():
                     return LOST
             else:
@@ -201,7 +202,7 @@ class Work:
         device.prepare()
         arch = table_arch(device)
         if device.rehearsal:
-            chosen = [(*REHEARSED[0], 32 if rest else 16)]
+            chosen = [(*REHEARSED, 32 if rest else 16)]
         elif rest:
             chosen = [(None, None, 16), (None, None, 32)]
         else:
@@ -235,8 +236,8 @@ def table_arch(device: Any) -> int:
     return 90 if device.rehearsal else _launch.table_arch(0)
 
 
-def describe(device: Any) -> dict[str, Any]:
-    """The machine that results are from."""
+def describe(ledger: Ledger, device: Any) -> None:
+    """Notes the machine that results are from, and its ceilings."""
     import platform
     from datetime import date
 
@@ -244,15 +245,20 @@ def describe(device: Any) -> dict[str, Any]:
 
     import vlmkern
 
-    return device.describe() | {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "triton": vlmkern.backends()["triton"]["version"],
-        "vlmkern": vlmkern.__version__,
-        "extension": vlmkern.backends()["native"]["available"],
-        "cores": os.cpu_count(),
-        "date": str(date.today()),
-    }
+    backends = vlmkern.backends()
+    device.prepare()
+    ledger.end(
+        "machine",
+        **device.describe(),
+        python=platform.python_version(),
+        torch=torch.__version__,
+        triton=backends["triton"]["version"],
+        vlmkern=vlmkern.__version__,
+        extension=backends["native"]["available"],
+        cores=os.cpu_count(),
+        date=str(date.today()),
+        **device.ceilings(),
+    )
 
 
 def print_line(text: str) -> None:

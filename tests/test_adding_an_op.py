@@ -62,14 +62,14 @@ def scale_rows():
         scale_rows=lambda p: p.x.clone(memory_format=torch.contiguous_format).mul_(p.factor),
         scale_rows_bwd=None,
     )
-    both = {"reference": reference, "native": native}
-    op = library.define("scale_rows", ScaleRows, "Tensor", check=_check, fake=_fake, providers=both)
-    op_bwd = library.define(
-        "scale_rows_bwd", ScaleRowsGradient, "Tensor", check=lambda p: None, fake=_fake, providers=both, backward=True
+    op, _ = library.define_with_gradient(
+        "scale_rows",
+        library.Form(ScaleRows, "Tensor", _check, _fake),
+        library.Form(ScaleRowsGradient, "Tensor", lambda p: None, _fake),
+        providers={"reference": reference, "native": native},
+        setup_context=_setup_context,
+        backward=_backward,
     )
-    library.differentiable(op, setup_context=_setup_context, backward=_backward)
-    library.not_differentiable(op_bwd)
-    library.autocast(op)
     yield lambda x, factor: op(x, factor, choice.requested())
     # the tests of what is registered go through all ops
     for name in ("scale_rows", "scale_rows_bwd"):

@@ -202,7 +202,7 @@ def bench(monkeypatch):
     made = []
     kernel = _launch.Kernel(plain, lambda *a, **k: made.append(k) or example(*a, **k), {"rows": 8}, None, ())
     monkeypatch.setattr(timing, "kernel_of", lambda problem: kernel)
-    monkeypatch.setattr(timing, "_times", lambda launches, rounds: [[1.0] * rounds for _ in launches])
+    monkeypatch.setattr(timing, "times_in_turn", lambda runs, rounds: [[1.0] * rounds for _ in runs])
     bench = timing.Bench(tune.Problem("plain_kernel", 32, {"rows": 8}), 90, {"BLOCK": 2}, "cpu", None)
     yield bench
     # the tensors are those of the problem, not of each candidate

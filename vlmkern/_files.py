@@ -84,6 +84,11 @@ def reason(error: BaseException) -> str:
     return one_line(getattr(error, "strerror", None) or str(error)) or type(error).__name__
 
 
+def named_line(error: BaseException) -> str:
+    """What an error is and says, for a row of a table or a log."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:160]
+
+
 def one_line(text: str) -> str:
     """A message without line breaks, and without its middle where it is long."""
     text = " ".join(text.split())

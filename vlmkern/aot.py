@@ -41,7 +41,6 @@ REGISTERS, _THREADS, _BLOCKS = 65536, 2048, 32
 class Job(NamedTuple):
     """One kernel, for one target, in one configuration."""
 
-    module: str
     kernel: str
     arch: int
     bits: int
@@ -51,6 +50,12 @@ class Job(NamedTuple):
     shipped: bool
 
 
+def kernels() -> Iterator[Any]:
+    """Every kernel, a `kernels._launch.Kernel`, module by module."""
+    for module in MODULES:
+        yield from importlib.import_module(f".kernels.{module}", __package__).KERNELS
+
+
 def jobs(archs: Sequence[int] = ARCHS, kernel: str | None = None) -> list[Job]:
     """Every configuration of the tables, and the baselines that some kernels are compared with.
 
@@ -58,8 +63,8 @@ def jobs(archs: Sequence[int] = ARCHS, kernel: str | None = None) -> list[Job]:
         ValueError: no kernel has that name.
     """
     found = [
-        Job(module, entry.name, arch, bits, shape, variant, config, shipped)
-        for module, entry in _kernels()
+        Job(entry.name, arch, bits, shape, variant, config, shipped)
+        for entry in kernels()
         if kernel in (None, entry.name)
         for arch in archs
         for bits in (16, 32)
@@ -68,7 +73,7 @@ def jobs(archs: Sequence[int] = ARCHS, kernel: str | None = None) -> list[Job]:
         if shipped or not variant
     ]
     if not found:
-        names = sorted(entry.name for _, entry in _kernels())
+        names = sorted(entry.name for entry in kernels())
         raise ValueError(f"--kernel: got {kernel!r}, expected one of {', '.join(names)}")
     return found
 
@@ -109,7 +114,7 @@ def compile_job(job: Job) -> dict[str, Any] | None:
     """The report of one configuration; None where the variant does not take it."""
     import torch
 
-    (kernel,) = (entry for module, entry in _kernels() if entry.name == job.kernel)
+    (kernel,) = (entry for entry in kernels() if entry.name == job.kernel)
     dtype = {16: torch.bfloat16, 32: torch.float32}[job.bits]
     launch = record_launch(kernel, kernel.example(dtype, "meta", **job.shape, **job.variant), job.config, job.arch)
     if launch is None:
@@ -183,12 +188,6 @@ class _NoDevice:
         import torch
 
         return torch.device("cpu")
-
-
-def _kernels() -> Iterator[tuple[str, Any]]:
-    for module in MODULES:
-        for kernel in importlib.import_module(f".kernels.{module}", __package__).KERNELS:
-            yield module, kernel
 
 
 def _configurations(kernel: Any, arch: int, bits: int) -> Iterator[tuple[dict[str, int], dict[str, Any], bool]]:

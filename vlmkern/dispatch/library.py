@@ -13,7 +13,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -99,6 +99,53 @@ def define(
     library.impl(name, real_impl, "CompositeExplicitAutograd")
     torch.library.register_fake(add_op_namespace_prefix(name), fake_impl, lib=library)
     return op
+
+
+class Form(NamedTuple):
+    """An op or its gradient: the problem that it takes, what it returns, its check and its fake, as of `define`."""
+
+    problem: type
+    returns: str
+    check: Check
+    fake: Callable[[Any], Any]
+
+
+def define_with_gradient(
+    name: str,
+    forward: Form,
+    gradient: Form,
+    *,
+    providers: dict[str, ModuleType | Callable[[], ModuleType]],
+    setup_context: Callable[..., None],
+    backward: Callable[..., tuple[Any, ...]],
+    check_values: Check | None = None,
+    keep: Sequence[str] = (),
+) -> tuple[torch._ops.OpOverload, torch._ops.OpOverload]:
+    """Defines `vlmkern::<name>`, which is differentiable once and casts under autocast, and `vlmkern::<name>_bwd`.
+
+    Args:
+        gradient: of a problem whose `forward` is that of the op, if the op has `check_values`.
+        providers: have both.
+        setup_context, backward: as of `differentiable`.
+        check_values: as of `define`, of the op and of what its gradient is the gradient of.
+        keep: as of `autocast`.
+    """
+
+    def check_values_bwd(problem: Any) -> None:
+        check_values(problem.forward)
+
+    op = define(name, **forward._asdict(), providers=providers, check_values=check_values)
+    op_bwd = define(
+        f"{name}_bwd",
+        **gradient._asdict(),
+        providers=providers,
+        check_values=None if check_values is None else check_values_bwd,
+        backward=True,
+    )
+    differentiable(op, setup_context=setup_context, backward=backward)
+    not_differentiable(op_bwd)
+    autocast(op, keep=keep)
+    return op, op_bwd
 
 
 def autocast(op: torch._ops.OpOverload, *, keep: Sequence[str] = ()) -> None:

@@ -10,7 +10,6 @@ from . import availability, extension, providers, targets
 from .targets import Target
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_SHORT = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float64: "float64"}
 
 
 def rows() -> list[dict[str, Any]]:
@@ -27,7 +26,7 @@ def rows() -> list[dict[str, Any]]:
             if backend not in op.providers or (backend == "triton" and availability.triton_version() is None):
                 continue
             supports = providers.provider(op.name, backend).supports
-            of_dtypes = {_SHORT[dtype]: supports(op.problem.example(dtype), target) for dtype in DTYPES}
+            of_dtypes = {_name(dtype): supports(op.problem.example(dtype), target) for dtype in DTYPES}
             found.append(
                 {"op": op.name, "backend": backend, "isa": target.isa if backend == "native" else None, **of_dtypes}
             )
@@ -57,12 +56,16 @@ def where(row: dict[str, Any]) -> str:
 
 def markdown() -> str:
     """The table, for documents."""
-    names = [_SHORT[dtype] for dtype in DTYPES]
+    names = [_name(dtype) for dtype in DTYPES]
     lines = [f"| op | backend | {' | '.join(names)} |", "|---" * (2 + len(names)) + "|"]
     for row in merged(rows()):
         cells = ["yes" if row[name] is None else "" for name in names]
         lines.append(f"| `{row['op']}` | {where(row)} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _isas() -> list[str]:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
 
-from ..aot import MODULES
+from .. import aot
 from ..kernels import _launch
 from ..kernels._launch import Config, Kernel
 
@@ -30,9 +29,9 @@ def kernels(name: str | None = None) -> list[Kernel]:
     Raises:
         ValueError: there is none.
     """
-    found = [kernel for kernel in _all() if name in (None, kernel.name)]
+    found = [kernel for kernel in aot.kernels() if name in (None, kernel.name)]
     if not found:
-        raise ValueError(f"--kernel: got {name!r}, expected one of {', '.join(sorted(k.name for k in _all()))}")
+        raise ValueError(f"--kernel: got {name!r}, expected one of {', '.join(sorted(k.name for k in aot.kernels()))}")
     return found
 
 
@@ -98,11 +97,6 @@ def config_key(config: Config) -> tuple[tuple[str, int], ...]:
 def problem_key(problem: Problem) -> tuple[Any, ...]:
     """A problem as a key of dictionaries."""
     return problem.kernel, problem.bits, *sorted(problem.shape.items())
-
-
-def _all() -> Iterator[Kernel]:
-    for module in MODULES:
-        yield from importlib.import_module(f"..kernels.{module}", __package__).KERNELS
 
 
 def _of(kernel: Kernel, arch: int) -> Iterator[Problem]:

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from .._files import named_line
 from ..aot import REGISTERS, SHARED_KIB, block_registers, compile_launch, record_launch, register_usage
 from ..kernels._launch import Config, Launch
 from .candidates import DTYPES, Problem, kernel_of
@@ -126,11 +127,6 @@ def cannot_launch(binary: Binary, shared_bytes: int) -> tuple[str, str] | None:
     return None
 
 
-def one_line(error: Exception) -> str:
-    """An error as the reason why a candidate is out."""
-    return " ".join(f"{type(error).__name__}: {error}".split())[:160]
-
-
 class InProcess:
     """In place of a pool, for debugging: each task is done in this process when its result is asked for."""
 
@@ -151,7 +147,7 @@ class InProcess:
         try:
             return token, self._function(argument)
         except Exception as error:
-            return token, Failed(one_line(error))
+            return token, Failed(named_line(error))
 
 
 class Pool:
@@ -304,5 +300,5 @@ def _work(function: Callable[[Any], Any], connection: Connection) -> None:
             try:
                 answer = function(argument)
             except Exception as error:
-                answer = Failed(one_line(error))
+                answer = Failed(named_line(error))
             connection.send(answer)

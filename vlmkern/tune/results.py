@@ -14,7 +14,7 @@ import torch
 from ..kernels import _launch
 from ..kernels._launch import Config
 from . import log as logs
-from .candidates import Problem, kernels, problem_key, problems
+from .candidates import Problem, code_of, kernels, problem_key, problems
 from .log import Outcome
 from .rounds import ranked
 
@@ -73,17 +73,18 @@ def tables(
         OSError: the log cannot be read.
         ValueError: as `problems`, or the log has no time.
     """
-    lines = [line for line in logs.read(log) if line["arch"] in _launch.ARCHS]
+    lines: dict[Any, list[dict[str, Any]]] = {}
+    for line in logs.read(log):
+        lines.setdefault((line["arch"], *logs.of(line)), []).append(line)
     found = []
-    for arch in sorted({line["arch"] for line in lines}):
+    for arch in sorted({key[0] for key in lines} & set(_launch.ARCHS)):
         chosen, sources = [], []
         for problem in problems(arch, names, bits, shape):
-            of_problem = [x for x in lines if x["arch"] == arch and logs.of(x) == problem_key(problem) and _fits(x)]
-            timed = [line for line in of_problem if "ms" in line]
+            default = _launch.table(problem.kernel, arch)["default"][str(problem.bits)]
+            timed = _last_timed(lines.get((arch, *problem_key(problem)), []), default)
             if timed:
-                last = timed[-1]
-                same = [x for x in of_problem if (x["gpu"], x["code"]) == (last["gpu"], last["code"])]
-                chosen.append((problem, choose(logs.outcomes(same).values())))
+                chosen.append((problem, choose(logs.outcomes(timed).values())))
+                last = next(line for line in reversed(timed) if "ms" in line)
                 sources.append(last.get("source") or f"timed on {last['gpu']}")
         found += merge(arch, chosen, "; ".join(dict.fromkeys(sources)), folder)
     if not found:
@@ -93,8 +94,6 @@ def tables(
 
 def other_code(log: str | Path) -> list[str]:
     """Kernels that a log has times of, with other code than they have here."""
-    from .candidates import code_of
-
     codes = {kernel.name: code_of(kernel) for kernel in kernels()}
     last = {line["kernel"]: line["code"] for line in logs.read(log) if "ms" in line}
     return sorted(name for name, code in last.items() if name in codes and codes[name] != code)
@@ -133,18 +132,19 @@ def source() -> str:
     return f"timed on {name}, torch {torch_version}, triton {metadata.version('triton')}, {date.today()}"
 
 
+def _last_timed(lines: list[dict[str, Any]], default: Config) -> list[dict[str, Any]]:
+    """Of a problem's lines those of the GPU and code that were timed last, with configurations that the kernel takes:
+    they have all block sizes that the default has."""
+    fitting = [line for line in lines if _launch.fits(line["config"], default)]
+    last = next((line for line in reversed(fitting) if "ms" in line), None)
+    return [] if last is None else [x for x in fitting if (x["gpu"], x["code"]) == (last["gpu"], last["code"])]
+
+
 def _replaced(entries: list[dict[str, Any]], problem: Problem, configs: list[Config]) -> list[dict[str, Any]]:
     """Entries with those of a problem in the place of what it had, else after all others."""
     key = problem_key(problem)
-    has = [problem_key(Problem(problem.kernel, entry["bits"], entry["shape"])) == key for entry in entries]
-    at = has.index(True) if True in has else len(entries)
+    mine = [problem_key(Problem(problem.kernel, entry["bits"], entry["shape"])) == key for entry in entries]
+    at = mine.index(True) if any(mine) else len(entries)
     made = [{"bits": problem.bits, "shape": problem.shape, "config": config} for config in configs]
-    kept = [[entry for entry, mine in zip(part, marks, strict=True) if not mine]
-            for part, marks in ((entries[:at], has[:at]), (entries[at:], has[at:]))]  # fmt: skip
-    return [*kept[0], *made, *kept[1]]
-
-
-def _fits(line: dict[str, Any]) -> bool:
-    """Whether a kernel can take a line's configuration: it has all block sizes that the default has."""
-    table = _launch.table(line["kernel"], line["arch"])
-    return _launch.fits(line["config"], table["default"].get(str(line["bits"]), {}))
+    kept = [entry for entry, goes in zip(entries, mine, strict=True) if not goes]
+    return [*kept[:at], *made, *kept[at:]]

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from .._files import named_line
 from ..aot import check_compiler
 from ..kernels import _launch
 from ..kernels._launch import Config
@@ -26,7 +27,6 @@ from .pool import (
     cannot_launch,
     compile_task,
     least_shared_bytes,
-    one_line,
     shared_bytes_of,
 )
 from .timing import Bench, DeviceLost, Measure, Wrong
@@ -183,7 +183,7 @@ class _Work:
                 least = least_shared_bytes(Task(self.case.problem, config, self._arch, self._arch))
             except Exception as error:
                 # also what the host function asserts or misses in a configuration
-                self._drop(key, "compile", one_line(error))
+                self._drop(key, "compile", named_line(error))
                 continue
             if least > shared_bytes:
                 reason = f"takes at least {least} bytes of shared memory, a block may have {shared_bytes}"
@@ -239,12 +239,12 @@ class _Work:
         try:
             milliseconds = self._open().first(config)
         except DeviceLost as error:
-            self._drop(key, "failed", one_line(error))
+            self._drop(key, "failed", named_line(error))
             raise
         except Wrong as error:
             self._drop(key, "wrong", str(error))
         except Exception as error:
-            self._drop(key, "failed", one_line(error))
+            self._drop(key, "failed", named_line(error))
         else:
             self.case.outcomes[key] = Outcome(config, milliseconds, local=local)
             self._write(config, ms=milliseconds, local=local, source=self._source)

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import functools
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -86,8 +87,8 @@ class Bench:
             reason = difference(self._run(config), self._expected, self._limit)
             if reason:
                 raise Wrong(reason)
-            once = statistics.median(_times([launch], 1)[0])
-            return statistics.median(_times([launch], max(1, min(20, int(_FIRST / (once + _FLUSH)))))[0])
+            (once,) = times_in_turn([launch.run], 1)[0]
+            return statistics.median(times_in_turn([launch.run], max(1, min(20, int(_FIRST / (once + _FLUSH)))))[0])
 
     def second(self, configs: Sequence[Config]) -> list[float]:
         """Milliseconds of the fastest candidates, run in turn, so that a clock that wanders is the same for all.
@@ -99,8 +100,9 @@ class Bench:
             launches = [self._launch(config) for config in configs]
             if self._measure is not None:
                 return [self._measure(launch) for launch in launches]
-            once = sum(statistics.median(times) + _FLUSH for times in _times(launches, 2))
-            return [statistics.median(times) for times in _times(launches, max(5, min(100, int(_SECOND / once))))]
+            runs = [launch.run for launch in launches]
+            once = sum(statistics.median(times) + _FLUSH for times in times_in_turn(runs, 2))
+            return [statistics.median(times) for times in times_in_turn(runs, max(5, min(100, int(_SECOND / once))))]
 
     @functools.cached_property
     def _expected(self) -> list[Tensor]:
@@ -115,32 +117,25 @@ class Bench:
         assert launch is not None, "what the kernel does not take is not compiled, and what is not compiled not timed"
         return launch
 
-    def _watched(self) -> Any:
-        return _Watched(self._device)
-
-
-class _Watched:
-    """Turns errors that outlive a launch into `DeviceLost`."""
-
-    def __init__(self, device: str) -> None:
-        self._cuda = device.startswith("cuda")
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if not isinstance(error, Exception) or isinstance(error, Wrong):
-            return
-        text = str(error)
-        if self._cuda and not any(words in text for words in _LASTING):
-            try:
-                torch.cuda.synchronize()
-                return
-            except Exception as lasting:
-                text = str(lasting)
-        elif not any(words in text for words in _LASTING):
-            return
-        raise DeviceLost(text.splitlines()[0]) from error
+    @contextmanager
+    def _watched(self) -> Iterator[None]:
+        """Turns errors that outlive a launch into `DeviceLost`."""
+        try:
+            yield
+        except Wrong:
+            raise
+        except Exception as error:
+            text = str(error)
+            if not any(words in text for words in _LASTING):
+                if not self._device.startswith("cuda"):
+                    raise
+                try:
+                    torch.cuda.synchronize()
+                except Exception as lasting:
+                    text = str(lasting)
+                else:
+                    raise
+            raise DeviceLost(text.splitlines()[0]) from error
 
 
 def difference(actual: list[Tensor], expected: list[Tensor], limit: float) -> str:
@@ -152,21 +147,21 @@ def difference(actual: list[Tensor], expected: list[Tensor], limit: float) -> st
     return ""
 
 
-def _times(launches: Sequence[Launch], rounds: int) -> list[list[float]]:
-    """Milliseconds of each launch in each round."""
+def times_in_turn(runs: Sequence[Callable[[], Any]], rounds: int) -> list[list[float]]:
+    """Milliseconds of each on the current CUDA device, round by round, each time after the L2 cache was overwritten."""
     cache = _cache()
     pairs = []
     for _ in range(rounds):
-        for launch in launches:
+        for run in runs:
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             cache.zero_()
             begin.record()
-            launch.run()
+            run()
             end.record()
             pairs.append((begin, end))
     torch.cuda.synchronize()
     times = [begin.elapsed_time(end) for begin, end in pairs]
-    return [times[i :: len(launches)] for i in range(len(launches))]
+    return [times[i :: len(runs)] for i in range(len(runs))]
 
 
 @functools.cache

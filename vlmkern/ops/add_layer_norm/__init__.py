@@ -109,24 +109,11 @@ def _triton() -> ModuleType:
     return triton
 
 
-_PROVIDERS = {"reference": reference, "triton": _triton}
-_op = library.define(
+_op, _op_bwd = library.define_with_gradient(
     "add_layer_norm",
-    AddLayerNorm,
-    "(Tensor normed, Tensor summed)",
-    check=_check,
-    fake=_fake,
-    providers=_PROVIDERS,
+    library.Form(AddLayerNorm, "(Tensor normed, Tensor summed)", _check, _fake),
+    library.Form(AddLayerNormGradient, "Tensor[]", _check_bwd, _fake_bwd),
+    providers={"reference": reference, "triton": _triton},
+    setup_context=_setup_context,
+    backward=_backward,
 )
-_op_bwd = library.define(
-    "add_layer_norm_bwd",
-    AddLayerNormGradient,
-    "Tensor[]",
-    check=_check_bwd,
-    fake=_fake_bwd,
-    providers=_PROVIDERS,
-    backward=True,
-)
-library.differentiable(_op, setup_context=_setup_context, backward=_backward)
-library.not_differentiable(_op_bwd)
-library.autocast(_op)

@@ -110,10 +110,6 @@ def _check_bwd(p: AttentionGradient) -> None:
     checks.same_device("lse", p.lse, "q", q)
 
 
-def _check_values_bwd(p: AttentionGradient) -> None:
-    _check_values(p.forward)
-
-
 def _lse_dtype(q: Tensor) -> torch.dtype:
     return torch.promote_types(q.dtype, torch.float32)
 
@@ -145,26 +141,12 @@ def _triton() -> ModuleType:
     return triton
 
 
-_PROVIDERS = {"reference": reference, "native": native, "triton": _triton}
-_op = library.define(
+_op, _op_bwd = library.define_with_gradient(
     "attention",
-    Attention,
-    "(Tensor out, Tensor lse)",
-    check=_check,
+    library.Form(Attention, "(Tensor out, Tensor lse)", _check, _fake),
+    library.Form(AttentionGradient, "(Tensor, Tensor, Tensor)", _check_bwd, _fake_bwd),
+    providers={"reference": reference, "native": native, "triton": _triton},
+    setup_context=_setup_context,
+    backward=_backward,
     check_values=_check_values,
-    fake=_fake,
-    providers=_PROVIDERS,
 )
-_op_bwd = library.define(
-    "attention_bwd",
-    AttentionGradient,
-    "(Tensor, Tensor, Tensor)",
-    check=_check_bwd,
-    check_values=_check_values_bwd,
-    fake=_fake_bwd,
-    providers=_PROVIDERS,
-    backward=True,
-)
-library.differentiable(_op, setup_context=_setup_context, backward=_backward)
-library.not_differentiable(_op_bwd)
-library.autocast(_op)

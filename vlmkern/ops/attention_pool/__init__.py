@@ -173,10 +173,6 @@ def _check_bwd(p: AttentionPoolGradient) -> None:
     checks.wanted(p.wanted, len(p.features) + 7)
 
 
-def _check_values_bwd(p: AttentionPoolGradient) -> None:
-    _check_values(p.forward)
-
-
 def _fake(p: AttentionPool) -> Tensor:
     return p.features[0].new_empty((*p.windows_shape, p.w_o.shape[0]))
 
@@ -207,26 +203,13 @@ def _triton() -> ModuleType:
     return triton
 
 
-_PROVIDERS = {"reference": reference, "native": native, "triton": _triton}
-_op = library.define(
+_op, _op_bwd = library.define_with_gradient(
     "attention_pool",
-    AttentionPool,
-    "Tensor",
-    check=_check,
+    library.Form(AttentionPool, "Tensor", _check, _fake),
+    library.Form(AttentionPoolGradient, "Tensor[]", _check_bwd, _fake_bwd),
+    providers={"reference": reference, "native": native, "triton": _triton},
+    setup_context=_setup_context,
+    backward=_backward,
     check_values=_check_values,
-    fake=_fake,
-    providers=_PROVIDERS,
+    keep=("mask",),
 )
-_op_bwd = library.define(
-    "attention_pool_bwd",
-    AttentionPoolGradient,
-    "Tensor[]",
-    check=_check_bwd,
-    check_values=_check_values_bwd,
-    fake=_fake_bwd,
-    providers=_PROVIDERS,
-    backward=True,
-)
-library.differentiable(_op, setup_context=_setup_context, backward=_backward)
-library.not_differentiable(_op_bwd)
-library.autocast(_op, keep=("mask",))

@@ -93,17 +93,11 @@ def _triton() -> ModuleType:
     return triton
 
 
-_PROVIDERS = {"reference": reference, "native": native, "triton": _triton}
-_op = library.define("linear", Linear, "Tensor", check=_check, fake=_fake, providers=_PROVIDERS)
-_op_bwd = library.define(
-    "linear_bwd",
-    LinearGradient,
-    "Tensor[]",
-    check=_check_bwd,
-    fake=_fake_bwd,
-    providers=_PROVIDERS,
-    backward=True,
+_op, _op_bwd = library.define_with_gradient(
+    "linear",
+    library.Form(Linear, "Tensor", _check, _fake),
+    library.Form(LinearGradient, "Tensor[]", _check_bwd, _fake_bwd),
+    providers={"reference": reference, "native": native, "triton": _triton},
+    setup_context=_setup_context,
+    backward=_backward,
 )
-library.differentiable(_op, setup_context=_setup_context, backward=_backward)
-library.not_differentiable(_op_bwd)
-library.autocast(_op)

@@ -94,17 +94,11 @@ def _triton() -> ModuleType:
     return triton
 
 
-_PROVIDERS = {"reference": reference, "native": native, "triton": _triton}
-_op = library.define("swiglu_mlp", SwiGLU, "Tensor", check=_check, fake=_fake, providers=_PROVIDERS)
-_op_bwd = library.define(
-    "swiglu_mlp_bwd",
-    SwiGLUGradient,
-    "Tensor[]",
-    check=_check_bwd,
-    fake=_fake_bwd,
-    providers=_PROVIDERS,
-    backward=True,
+_op, _op_bwd = library.define_with_gradient(
+    "swiglu_mlp",
+    library.Form(SwiGLU, "Tensor", _check, _fake),
+    library.Form(SwiGLUGradient, "Tensor[]", _check_bwd, _fake_bwd),
+    providers={"reference": reference, "native": native, "triton": _triton},
+    setup_context=_setup_context,
+    backward=_backward,
 )
-library.differentiable(_op, setup_context=_setup_context, backward=_backward)
-library.not_differentiable(_op_bwd)
-library.autocast(_op)
