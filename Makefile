@@ -25,7 +25,7 @@ test: setup
 
 # the op tests for each instruction set that the CPU has, and as on a CPU where torch has no bfloat16 products either;
 # that one with a cache of its own: torch 2.13 loads what it compiled for one vector width for another, and corrupts memory
-OP_TESTS := $(foreach name,attention attention_pool attention_pool_gradients linear swiglu_mlp add_layer_norm ops_in_torch packing native_properties fuzz,tests/test_$(name).py)
+OP_TESTS := tests/ops $(foreach name,packing native_properties fuzz,tests/test_$(name).py)
 test-isas: setup
 	set -e; for isa in $$($(BIN)/python -c "import vlmkern; print(*vlmkern.backends()['native']['isas'][:-1])"); do \
 	  echo "== $$isa"; VLMKERN_CPU_ISA=$$isa $(BIN)/python -m pytest -q $(OP_TESTS); done

@@ -1,5 +1,5 @@
 // The one table between Python and C++: raw pointers as integers, sizes and strides in elements.
-// Nothing of torch; the callers in vlmkern/native own the tensors and keep them alive for the call. With `extents`, the
+// Nothing of torch; the callers in vlmkern/ops own the tensors and keep them alive for the call. With `extents`, the
 // elements from each address on, every call makes sure that it stays inside them.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -93,6 +93,8 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
 
   m.def("isa", [] { return name(active()); }, "The instruction set in use");
   m.def("usable_isas", usable_isas, "Instruction sets that this build and CPU can run, lowest first");
+  m.def("cpu_vendor", cpu_vendor, "As CPUID spells it; empty where there is none");
+  m.def("cpu_features", cpu_features, "Features of this CPU that kernels here or libraries beside them ask for");
   m.def("cuda", cuda, "What the CUDA half was built for and sees");
 
   m.def(

@@ -14,8 +14,8 @@ import sys
 from pathlib import Path
 
 TESTS = (
-    *("attention", "attention_pool", "attention_pool_gradients", "attention_pool_native", "linear", "swiglu_mlp"),
-    *("native", "native_extremes", "native_memory", "native_properties", "ops_in_torch"),
+    "ops",
+    *(f"test_{name}.py" for name in ("native", "native_extremes", "native_memory", "native_properties")),
 )
 # compilers and child processes would run with the preloaded runtime, and without the sanitized extension
 LEFT_OUT = " and ".join(
@@ -69,7 +69,7 @@ def run_tests(extension: str) -> int:
     assert vlmkern.dispatch.extension.extension() is module
 
     folder = Path(__file__).parent
-    files = [str(folder / f"test_{name}.py") for name in TESTS]
+    files = [str(folder / name) for name in TESTS]
     return pytest.main([*files, "-q", "-k", LEFT_OUT, "-p", "no:cacheprovider", "--no-header"])
 
 

@@ -70,8 +70,14 @@ def extents(*tensors: Tensor | None) -> list[int]:
 
 
 def describe() -> dict[str, Any]:
-    """Instruction sets and threads, for `vlmkern.backends()`."""
+    """Instruction sets, the CPU and threads, for `vlmkern.backends()`."""
     module, _ = _load()
     if module is None:
         return {"isa": "none", "isas": []}
-    return {"isa": module.isa(), "isas": module.usable_isas(), "threads": torch.get_num_threads()}
+    return {
+        "isa": module.isa(),
+        "isas": module.usable_isas(),
+        "vendor": module.cpu_vendor(),
+        "features": module.cpu_features(),
+        "threads": torch.get_num_threads(),
+    }

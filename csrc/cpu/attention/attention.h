@@ -37,6 +37,16 @@ struct AttentionHeadBwd {
   float scale;
 };
 
+// Bytes of scratch, 64-byte aligned, that a head of up to `tokens` tokens takes; and one head.
+struct AttentionFwdKernel {
+  size_t (*scratch)(DType, int64_t tokens, int64_t head_dim);
+  void (*head)(const AttentionHead&, void* scratch);
+};
+struct AttentionBwdKernel {
+  size_t (*scratch)(DType, int64_t tokens, int64_t head_dim);
+  void (*head)(const AttentionHeadBwd&, void* scratch);
+};
+
 // A batch of images [B, N, H, D] or packed segments [T, H, D]; strides in elements.
 struct AttentionInputs {
   struct Strides {

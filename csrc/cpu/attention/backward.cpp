@@ -348,9 +348,7 @@ void differentiate(const AttentionHeadBwd& head, void* memory) {
   write_rows(scratch.dv, layout.columns, head.tokens, head.head_dim, set1(1.0f), static_cast<T*>(head.dv), head.out_stride);
 }
 
-}  // namespace
-
-size_t attention_bwd_scratch(DType dtype, int64_t tokens, int64_t head_dim) {
+size_t scratch_bytes(DType dtype, int64_t tokens, int64_t head_dim) {
 #if defined(__AVX512BF16__)
   if (dtype == DType::bf16) return Scratch<Bf16Pairs>().place({tokens, head_dim}, nullptr) * sizeof(float);
 #endif
@@ -358,7 +356,7 @@ size_t attention_bwd_scratch(DType dtype, int64_t tokens, int64_t head_dim) {
   return Scratch<Float32>().place({tokens, head_dim}, nullptr) * sizeof(float);
 }
 
-void attention_head_bwd(const AttentionHeadBwd& head, void* scratch) {
+void run_head(const AttentionHeadBwd& head, void* scratch) {
   switch (head.dtype) {
     case DType::f32: return differentiate<Float32, float>(head, scratch);
 #if defined(__AVX512BF16__)
@@ -369,6 +367,10 @@ void attention_head_bwd(const AttentionHeadBwd& head, void* scratch) {
     case DType::f16: return differentiate<Float32, f16>(head, scratch);
   }
 }
+
+}  // namespace
+
+extern const AttentionBwdKernel attention_bwd_kernel{scratch_bytes, run_head};
 
 }  // namespace VLMKERN_ISA
 }  // namespace vlmkern

@@ -101,14 +101,14 @@ void attention_fwd(const Attention& p, int threads, const Extents& extents) {
   extents.require_reach(2, "v", strided(p, p.v_strides));
   extents.require_reach(3, "out", dense(p));
   extents.require_reach(4, "lse", dense(p) / p.head_dim);
-  const Kernels& k = kernels();
+  const AttentionFwdKernel& kernel = kernels().attention_fwd_kernel;
 
   // one unit of work is a head of a sequence; with fewer heads than threads, a share of its queries (which packs the
   // keys again). How the work is cut changes no result: each query is computed by itself, in the same order.
   const int64_t heads = sequences.count() * p.heads;
   threads = usable_threads(std::min<int64_t>(threads, p.batch * p.tokens * p.heads / 16));
   const int64_t shares = heads >= threads ? 1 : (threads + heads - 1) / heads;
-  over_units(heads * shares, threads, k.attention_scratch(p.dtype, sequences.longest(), p.head_dim), [&](int64_t unit, void* scratch) {
+  over_units(heads * shares, threads, kernel.scratch(p.dtype, sequences.longest(), p.head_dim), [&](int64_t unit, void* scratch) {
     const int64_t share = unit % shares;
     const Head head(p, sequences, unit / shares / p.heads, unit / shares % p.heads);
     if (head.tokens() == 0) return;
@@ -121,7 +121,7 @@ void attention_fwd(const Attention& p, int threads, const Extents& extents) {
     task.lse = p.lse + head.lse_index();
     task.tokens = head.tokens(), task.head_dim = p.head_dim, task.scale = p.scale;
     task.query_begin = head.tokens() * share / shares, task.query_end = head.tokens() * (share + 1) / shares;
-    k.attention_head(task, scratch);
+    kernel.head(task, scratch);
   });
 }
 
@@ -141,11 +141,11 @@ void attention_bwd(const AttentionBwd& p, int threads, const Extents& extents) {
   extents.require_reach(6, "dq", dense(p));
   extents.require_reach(7, "dk", dense(p));
   extents.require_reach(8, "dv", dense(p));
-  const Kernels& k = kernels();
+  const AttentionBwdKernel& kernel = kernels().attention_bwd_kernel;
 
   // the gradients of k and v sum over queries, so a head is not cut
   const int64_t heads = sequences.count() * p.heads;
-  over_units(heads, threads, k.attention_bwd_scratch(p.dtype, sequences.longest(), p.head_dim), [&](int64_t unit, void* scratch) {
+  over_units(heads, threads, kernel.scratch(p.dtype, sequences.longest(), p.head_dim), [&](int64_t unit, void* scratch) {
     const Head head(p, sequences, unit / p.heads, unit % p.heads);
     if (head.tokens() == 0) return;
     AttentionHeadBwd task;
@@ -159,7 +159,7 @@ void attention_bwd(const AttentionBwd& p, int threads, const Extents& extents) {
     task.dq = head.in_dense(p.dq), task.dk = head.in_dense(p.dk), task.dv = head.in_dense(p.dv);
     task.out_stride = head.dense_stride();
     task.tokens = head.tokens(), task.head_dim = p.head_dim, task.scale = p.scale;
-    k.attention_head_bwd(task, scratch);
+    kernel.head(task, scratch);
   });
 }
 

@@ -210,9 +210,7 @@ void attend(const AttentionHead& head, void* memory) {
   }
 }
 
-}  // namespace
-
-size_t attention_scratch(DType dtype, int64_t tokens, int64_t head_dim) {
+size_t scratch_bytes(DType dtype, int64_t tokens, int64_t head_dim) {
 #if defined(__AVX512BF16__)
   if (dtype == DType::bf16) return Scratch<Bf16Pairs>::words(Layout<Bf16Pairs>(tokens, head_dim)) * sizeof(float);
 #endif
@@ -220,7 +218,7 @@ size_t attention_scratch(DType dtype, int64_t tokens, int64_t head_dim) {
   return Scratch<Float32>::words(Layout<Float32>(tokens, head_dim)) * sizeof(float);
 }
 
-void attention_head(const AttentionHead& head, void* scratch) {
+void run_head(const AttentionHead& head, void* scratch) {
   switch (head.dtype) {
     case DType::f32: return attend<Float32, float>(head, scratch);
 #if defined(__AVX512BF16__)
@@ -231,6 +229,10 @@ void attention_head(const AttentionHead& head, void* scratch) {
     case DType::f16: return attend<Float32, f16>(head, scratch);
   }
 }
+
+}  // namespace
+
+extern const AttentionFwdKernel attention_fwd_kernel{scratch_bytes, run_head};
 
 }  // namespace VLMKERN_ISA
 }  // namespace vlmkern

@@ -51,6 +51,31 @@ struct PoolHeads {
 // 63 ms in float32 where 9 take 58.7, 12 57.0, 17 53.5 and 24 53.0; in bfloat16 27.7, 26.8, 28.4, 24.5 and 25.2.
 constexpr int64_t kPoolVectors = 18;
 
+// Some heads of some windows; blocks of windows are multiples of `lanes`, but for the last.
+struct PoolHeadsKernel {
+  int64_t lanes;  // windows per vector
+  // bytes, 64-byte aligned, for windows of `size` slots
+  size_t (*scratch)(DType, int64_t size, int64_t heads, int64_t key_dim, int64_t value_dim);
+  void (*run)(const PoolHeads&, void* scratch);
+};
+
+struct PoolMeanKernel {
+  void (*run)(const PoolWindows&, int64_t begin, int64_t end, void* mean);
+};
+
+// One head. Scratch: `lanes` floats per slot of a window.
+struct PoolSlotsKernel {
+  int64_t lanes;
+  void (*run)(const PoolWindows&, const void* q, int64_t begin, int64_t end, float scale, void* scratch, void* pooled);
+};
+
+struct PoolSlotsBwd;
+
+// Windows begin to end of all. Scratch: 2 floats per head and slot of a window.
+struct PoolSlotsBwdKernel {
+  void (*run)(const PoolSlotsBwd&, int64_t begin, int64_t end, void* scratch);
+};
+
 // All arguments, as they come from Python.
 struct AttentionPool {
   DType dtype;

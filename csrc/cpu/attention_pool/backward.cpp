@@ -97,9 +97,7 @@ void differentiate(const PoolSlotsBwd& task, int64_t begin, int64_t end, float* 
   }
 }
 
-}  // namespace
-
-void attention_pool_slots_bwd(const PoolSlotsBwd& task, int64_t begin, int64_t end, void* scratch) {
+void run(const PoolSlotsBwd& task, int64_t begin, int64_t end, void* scratch) {
   float* p = static_cast<float*>(scratch);
   switch (task.dtype) {
     case DType::f32: return differentiate<float>(task, begin, end, p);
@@ -107,6 +105,10 @@ void attention_pool_slots_bwd(const PoolSlotsBwd& task, int64_t begin, int64_t e
     case DType::f16: return differentiate<f16>(task, begin, end, p);
   }
 }
+
+}  // namespace
+
+extern const PoolSlotsBwdKernel pool_slots_bwd_kernel{run};
 
 }  // namespace VLMKERN_ISA
 }  // namespace vlmkern

@@ -98,9 +98,9 @@ void attention_pool_mean(const AttentionPool& p, void* mean, int threads, const 
   extents.require_reach(0, "mean", p.windows * p.layers * p.channels);
   const std::vector<PoolSlot> slots = find_slots(p);
   const PoolWindows windows = windows_from(p, slots);
-  const Kernels& k = kernels();
+  const PoolMeanKernel& kernel = kernels().pool_mean_kernel;
   over_units(windows_of(p.windows, kWindowsPerUnit), threads, 0, [&](int64_t unit, void*) {
-    k.attention_pool_mean(windows, unit * kWindowsPerUnit, std::min(p.windows, (unit + 1) * kWindowsPerUnit), mean);
+    kernel.run(windows, unit * kWindowsPerUnit, std::min(p.windows, (unit + 1) * kWindowsPerUnit), mean);
   });
 }
 
@@ -124,7 +124,7 @@ void attention_pool_context(const AttentionPool& p, const void* q, const void* w
   extents.require_reach(3, "b_v", b_v ? heads * value_dim : 0);
   extents.require_reach(4, "context", p.windows * heads * value_dim);
   const std::vector<PoolSlot> slots = find_slots(p);
-  const Kernels& k = kernels();
+  const PoolHeadsKernel& kernel = kernels().pool_heads_kernel;
 
   PoolHeads all;
   all.windows = windows_from(p, slots);
@@ -133,19 +133,19 @@ void attention_pool_context(const AttentionPool& p, const void* q, const void* w
 
   // one unit of work is a block of windows; with fewer blocks than threads, a share of its heads (which packs the
   // slots again). How the work is cut changes no result: each window and head is computed by itself, in the same order.
-  const int64_t lanes = k.attention_pool_lanes(), vectors = windows_of(p.windows, lanes);
+  const int64_t lanes = kernel.lanes, vectors = windows_of(p.windows, lanes);
   threads = usable_threads(threads);
   int64_t blocks = windows_of(vectors, kPoolVectors);
   if (blocks > threads / 2) blocks = std::min(vectors, windows_of(blocks, threads) * threads);
   const int64_t shares = std::clamp<int64_t>(threads / blocks, 1, heads);
-  const size_t scratch = k.attention_pool_scratch(p.dtype, all.windows.size, windows_of(heads, shares), key_dim, value_dim);
+  const size_t scratch = kernel.scratch(p.dtype, all.windows.size, windows_of(heads, shares), key_dim, value_dim);
   over_units(blocks * shares, threads, scratch, [&](int64_t unit, void* mine) {
     const int64_t block = unit / shares, share = unit % shares;
     PoolHeads task = all;
     task.begin = vectors * block / blocks * lanes;
     task.end = std::min(p.windows, vectors * (block + 1) / blocks * lanes);
     task.head_begin = heads * share / shares, task.head_end = heads * (share + 1) / shares;
-    k.attention_pool_heads(task, mine);
+    kernel.run(task, mine);
   });
 }
 
@@ -158,10 +158,10 @@ void attention_pool_slots(const AttentionPool& p, const void* q, void* pooled, f
   extents.require_reach(1, "pooled", p.windows * p.layers * p.channels);
   const std::vector<PoolSlot> slots = find_slots(p);
   const PoolWindows windows = windows_from(p, slots);
-  const Kernels& k = kernels();
-  const size_t scratch = windows.size * k.attention_pool_lanes() * sizeof(float);
+  const PoolSlotsKernel& kernel = kernels().pool_slots_kernel;
+  const size_t scratch = windows.size * kernel.lanes * sizeof(float);
   over_units(windows_of(p.windows, kWindowsPerUnit), threads, scratch, [&](int64_t unit, void* mine) {
-    k.attention_pool_slots(windows, q, unit * kWindowsPerUnit, std::min(p.windows, (unit + 1) * kWindowsPerUnit), scale, mine, pooled);
+    kernel.run(windows, q, unit * kWindowsPerUnit, std::min(p.windows, (unit + 1) * kWindowsPerUnit), scale, mine, pooled);
   });
 }
 
@@ -181,10 +181,10 @@ void attention_pool_slots_bwd(const PoolSlotsBwd& task, int threads, const Exten
     require(task.vectors[i], "vectors: null pointer for a tensor that has elements");
     extents.require_reach(2 + i, "vectors[" + std::to_string(i / 2) + "]", task.windows * task.width);
   }
-  const Kernels& k = kernels();
+  const PoolSlotsBwdKernel& kernel = kernels().pool_slots_bwd_kernel;
   const size_t scratch = 2 * task.heads * task.size * sizeof(float);
   over_units(windows_of(task.windows, kWindowsPerUnit), threads, scratch, [&](int64_t unit, void* mine) {
-    k.attention_pool_slots_bwd(task, unit * kWindowsPerUnit, std::min(task.windows, (unit + 1) * kWindowsPerUnit), mine);
+    kernel.run(task, unit * kWindowsPerUnit, std::min(task.windows, (unit + 1) * kWindowsPerUnit), mine);
   });
 }
 

@@ -393,84 +393,7 @@ void pool_heads(const PoolHeads& task, void* memory) {
   }
 }
 
-template <typename T>
-void mean(const PoolWindows& p, int64_t begin, int64_t end, T* out) {
-  const Vec size = set1(float(p.size));
-  for (int64_t window = begin; window < end; ++window)
-    for (int64_t layer = 0; layer < p.layers; ++layer) {
-      T* row = out + (window * p.layers + layer) * p.channels;
-      // strips of sums that stay in L1, so that each slot is looked up once per strip and read along its row
-      constexpr int64_t kStrip = 64 * kWidth;
-      float sums[kStrip];
-      for (int64_t strip = 0; strip < p.channels; strip += kStrip) {
-        const int64_t count = least(p.channels - strip, kStrip);
-        for (int64_t j = 0; j < p.size; ++j) {
-          const Slot<T> slot = slot_at<T>(p, window, j, layer, strip);
-          for (int64_t c = 0; c < count; c += kWidth) {
-            const Vec x = slot_values(slot, c, count - c);
-            store(sums + c, j == 0 ? x : load(sums + c) + x);
-          }
-        }
-        for (int64_t c = 0; c < count; c += kWidth) store_n(row + strip + c, load(sums + c) / size, int(least(count - c, kWidth)));
-      }
-    }
-}
-
-inline float sum_of(Vec a) {
-  float lanes[kWidth], sum = 0;
-  store(lanes, a);
-  for (float x : lanes) sum += x;
-  return sum;
-}
-
-// One head: channels in the lanes, `s` has room for a vector per slot.
-template <typename T>
-void pool_slots(const PoolWindows& p, const T* q, int64_t begin, int64_t end, float scale, float* s, T* out) {
-  const int64_t width = p.layers * p.channels;
-  const SignedScale parts(scale);
-  const Vec before = set1(parts.before), after = set1(parts.after * kLog2e);
-  for (int64_t window = begin; window < end; ++window) {
-    memset(s, 0, p.size * kWidth * sizeof(float));
-    for (int64_t layer = 0; layer < p.layers; ++layer)
-      for (int64_t j = 0; j < p.size; ++j) {
-        const Slot<T> slot = slot_at<T>(p, window, j, layer, 0);
-        const T* with = q + window * width + layer * p.channels;
-        Vec sums[2] = {set1(0.0f), set1(0.0f)};
-        for (int64_t c = 0; c < p.channels; c += 2 * kWidth)
-          for (int half = 0; half < 2; ++half) {
-            const int64_t at = c + half * kWidth, n = least(p.channels - at, kWidth);
-            if (n > 0) sums[half] = fma(load_n(with + at, int(n)), slot_values(slot, at, n), sums[half]);
-          }
-        store(s + j * kWidth, load(s + j * kWidth) + (sums[0] + sums[1]));
-      }
-    Vec highest = set1(-kInfinity), sum = set1(0.0f);
-    for (int64_t j = 0; j < p.size; ++j) {
-      const Vec x = set1(sum_of(load(s + j * kWidth))) * before;
-      highest = max(highest, x);
-      store(s + j * kWidth, x);
-    }
-    for (int64_t j = 0; j < p.size; ++j) {
-      const Vec x = exp2_nonpositive<6>((load(s + j * kWidth) - highest) * after);
-      sum = sum + x;
-      store(s + j * kWidth, x);
-    }
-    for (int64_t j = 0; j < p.size; ++j) store(s + j * kWidth, load(s + j * kWidth) / sum);
-    for (int64_t layer = 0; layer < p.layers; ++layer)
-      for (int64_t c = 0; c < p.channels; c += kWidth) {
-        const int64_t n = least(p.channels - c, kWidth);
-        Vec y = set1(0.0f);
-        for (int64_t j = 0; j < p.size; ++j)
-          y = fma(load(s + j * kWidth), slot_values(slot_at<T>(p, window, j, layer, 0), c, n), y);
-        store_n(out + window * width + layer * p.channels + c, y, int(n));
-      }
-  }
-}
-
-}  // namespace
-
-int64_t attention_pool_lanes() { return kWidth; }
-
-size_t attention_pool_scratch(DType dtype, int64_t size, int64_t heads, int64_t key_dim, int64_t value_dim) {
+size_t scratch_bytes(DType dtype, int64_t size, int64_t heads, int64_t key_dim, int64_t value_dim) {
 #if defined(__AVX512BF16__)
   if (dtype == DType::bf16) return Scratch<Bf16Pairs>(size, heads, key_dim, value_dim).words * sizeof(float);
 #endif
@@ -478,7 +401,7 @@ size_t attention_pool_scratch(DType dtype, int64_t size, int64_t heads, int64_t 
   return Scratch<Float32>(size, heads, key_dim, value_dim).words * sizeof(float);
 }
 
-void attention_pool_heads(const PoolHeads& task, void* scratch) {
+void run_heads(const PoolHeads& task, void* scratch) {
   switch (task.windows.dtype) {
     case DType::f32: return pool_heads<Float32, float>(task, scratch);
 #if defined(__AVX512BF16__)
@@ -490,22 +413,9 @@ void attention_pool_heads(const PoolHeads& task, void* scratch) {
   }
 }
 
-void attention_pool_mean(const PoolWindows& p, int64_t begin, int64_t end, void* out) {
-  switch (p.dtype) {
-    case DType::f32: return mean(p, begin, end, static_cast<float*>(out));
-    case DType::bf16: return mean(p, begin, end, static_cast<bf16*>(out));
-    case DType::f16: return mean(p, begin, end, static_cast<f16*>(out));
-  }
-}
+}  // namespace
 
-void attention_pool_slots(const PoolWindows& p, const void* q, int64_t begin, int64_t end, float scale, void* scratch, void* out) {
-  float* s = static_cast<float*>(scratch);
-  switch (p.dtype) {
-    case DType::f32: return pool_slots(p, static_cast<const float*>(q), begin, end, scale, s, static_cast<float*>(out));
-    case DType::bf16: return pool_slots(p, static_cast<const bf16*>(q), begin, end, scale, s, static_cast<bf16*>(out));
-    case DType::f16: return pool_slots(p, static_cast<const f16*>(q), begin, end, scale, s, static_cast<f16*>(out));
-  }
-}
+extern const PoolHeadsKernel pool_heads_kernel{kWidth, scratch_bytes, run_heads};
 
 }  // namespace VLMKERN_ISA
 }  // namespace vlmkern

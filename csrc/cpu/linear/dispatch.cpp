@@ -27,11 +27,11 @@ void linear_few_rows(const FewRowsLinear& problem, int threads, const Extents& e
   // the kernel steps over a last row too
   if (p.outputs == 1) p.weight_stride = 0;
 
-  const Kernels& k = kernels();
+  const FewRowsLinearKernel& kernel = kernels().few_rows_linear_kernel;
   // below this many weights waking a second thread costs more than it saves
   constexpr int64_t kWeightsPerThread = 1 << 16;
   const int64_t wanted = std::min<int64_t>(p.outputs * std::max<int64_t>(p.inputs, 1) / kWeightsPerThread, threads);
-  over_shares(p.outputs, wanted, [&](int64_t begin, int64_t end) { k.linear_few_rows(p, begin, end); });
+  over_shares(p.outputs, wanted, [&](int64_t begin, int64_t end) { kernel.run(p, begin, end); });
 }
 
 }  // namespace vlmkern

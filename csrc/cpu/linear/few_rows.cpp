@@ -81,9 +81,7 @@ void outputs(const FewRowsLinear& p, int64_t begin, int64_t end) {
   }
 }
 
-}  // namespace
-
-void linear_few_rows(const FewRowsLinear& problem, int64_t begin, int64_t end) {
+void run(const FewRowsLinear& problem, int64_t begin, int64_t end) {
   switch (problem.dtype) {
     case DType::f32: return outputs<WideStep<float>>(problem, begin, end);
 #if defined(__AVX512BF16__)
@@ -94,6 +92,10 @@ void linear_few_rows(const FewRowsLinear& problem, int64_t begin, int64_t end) {
     case DType::f16: return outputs<WideStep<f16>>(problem, begin, end);
   }
 }
+
+}  // namespace
+
+extern const FewRowsLinearKernel few_rows_linear_kernel{run};
 
 }  // namespace VLMKERN_ISA
 }  // namespace vlmkern

@@ -24,6 +24,11 @@ struct FewRowsLinear {
   int64_t rows, inputs, outputs;
 };
 
+// Outputs begin to end of all rows.
+struct FewRowsLinearKernel {
+  void (*run)(const FewRowsLinear&, int64_t begin, int64_t end);
+};
+
 // Extents of x, weight, bias and y. Throws std::invalid_argument on sizes and strides that cannot be; touches nothing
 // before that.
 void linear_few_rows(const FewRowsLinear& problem, int threads, const Extents& extents);

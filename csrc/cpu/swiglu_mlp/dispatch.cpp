@@ -40,9 +40,9 @@ void silu_mul_fwd(DType dtype, const void* up, int64_t up_stride, void* out, int
   extents.require_reach(1, "out", rows * cols);
   if (rows == 1) up_stride = 0;
   const int64_t size = element_size(dtype);
-  const Kernels& k = kernels();
+  const SiluMulKernel& kernel = kernels().silu_mul_kernel;
   over_rows(rows, cols, threads, [&](int64_t begin, int64_t end) {
-    k.silu_mul_fwd(dtype, static_cast<const char*>(up) + begin * up_stride * size, up_stride, static_cast<char*>(out) + begin * cols * size,
+    kernel.fwd(dtype, static_cast<const char*>(up) + begin * up_stride * size, up_stride, static_cast<char*>(out) + begin * cols * size,
                    end - begin, cols);
   });
 }
@@ -57,9 +57,9 @@ void silu_mul_bwd(DType dtype, const void* grad, const void* up, int64_t up_stri
   extents.require_reach(3, "hidden", rows * cols);
   if (rows == 1) up_stride = 0;
   const int64_t size = element_size(dtype);
-  const Kernels& k = kernels();
+  const SiluMulKernel& kernel = kernels().silu_mul_kernel;
   over_rows(rows, cols, threads, [&](int64_t begin, int64_t end) {
-    k.silu_mul_bwd(dtype, static_cast<const char*>(grad) + begin * cols * size, static_cast<const char*>(up) + begin * up_stride * size,
+    kernel.bwd(dtype, static_cast<const char*>(grad) + begin * cols * size, static_cast<const char*>(up) + begin * up_stride * size,
                    up_stride, static_cast<char*>(grad_up) + begin * 2 * cols * size, static_cast<char*>(hidden) + begin * cols * size,
                    end - begin, cols);
   });

@@ -3,7 +3,7 @@
 //
 // forward:  3 elements of traffic per output (2 read, 1 written); backward: 3 read, 3 written.
 // Arithmetic is float32; silu is rounded to the tensor's dtype before the product, as eager torch does.
-#include "cpu/dtype.h"
+#include "cpu/swiglu_mlp/swiglu_mlp.h"
 #include "cpu/vec.h"
 
 namespace vlmkern {
@@ -46,9 +46,7 @@ void backward(const void* grad, const void* up, int64_t up_stride, void* grad_up
            cols);
 }
 
-}  // namespace
-
-void silu_mul_fwd(DType dtype, const void* up, int64_t up_stride, void* out, int64_t rows, int64_t cols) {
+void run_fwd(DType dtype, const void* up, int64_t up_stride, void* out, int64_t rows, int64_t cols) {
   switch (dtype) {
     case DType::f32: return forward(static_cast<const float*>(up), up_stride, static_cast<float*>(out), rows, cols);
     case DType::bf16: return forward(static_cast<const bf16*>(up), up_stride, static_cast<bf16*>(out), rows, cols);
@@ -56,7 +54,7 @@ void silu_mul_fwd(DType dtype, const void* up, int64_t up_stride, void* out, int
   }
 }
 
-void silu_mul_bwd(DType dtype, const void* grad, const void* up, int64_t up_stride, void* grad_up, void* hidden, int64_t rows,
+void run_bwd(DType dtype, const void* grad, const void* up, int64_t up_stride, void* grad_up, void* hidden, int64_t rows,
                   int64_t cols) {
   switch (dtype) {
     case DType::f32: return backward<float>(grad, up, up_stride, grad_up, hidden, rows, cols);
@@ -64,6 +62,10 @@ void silu_mul_bwd(DType dtype, const void* grad, const void* up, int64_t up_stri
     case DType::f16: return backward<f16>(grad, up, up_stride, grad_up, hidden, rows, cols);
   }
 }
+
+}  // namespace
+
+extern const SiluMulKernel silu_mul_kernel{run_fwd, run_bwd};
 
 }  // namespace VLMKERN_ISA
 }  // namespace vlmkern
