@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 NATIVE := CMakeLists.txt $(shell find csrc -type f)
 
-.PHONY: setup demo test test-isas test-compat test-vllm fuzz bench report bench-compare gpu sanitize lint format dist clean
+.PHONY: setup demo test test-isas test-compat test-vllm fuzz bench bench-save report bench-compare gpu sanitize lint format dist clean
 
 setup: $(STAMP)
 
@@ -66,6 +66,12 @@ bench: setup
 	mkdir -p bench/out
 	$(BIN)/python -m pytest bench --benchmark-only --benchmark-json=bench/out/latest.json --quiet
 	$(BIN)/python bench/report.py bench/out/latest.json
+	$(BIN)/python bench/rule.py bench/out/latest.json
+
+# keeps the last `make bench` as bench/results/<cpu>-<date>.json and makes the documents' tables from all of them
+bench-save: setup
+	$(BIN)/python bench/records.py save bench/out/latest.json
+	$(BIN)/python bench/records.py tables
 
 # bench/report/: pictures, Markdown and one HTML page, from the last `make bench` (run if there is none)
 report: setup

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from cases import DTYPES, compiled, forward, run_case
+from peers import PEERS, peer
 from torch import nn
 
 import vlmkern
@@ -12,7 +13,7 @@ from vlmkern.models.jina_vlm.config import VisionConfig
 from vlmkern.models.jina_vlm.vision import VisionBlock
 
 SHAPES = {"1_tile": 1, "2_tiles": 2}
-PROVIDERS = ("transformers", "onednn", "compile", "vlmkern")
+PROVIDERS = ("transformers", "onednn", "compile", *PEERS, "vlmkern")
 
 
 class Transformers(nn.Module):
@@ -62,14 +63,17 @@ def bench_siglip_block_fwd(benchmark, shape, dtype, provider):
     if provider == "vlmkern":
         vlmkern.pack(module)
     x = x.to(DTYPES[dtype])
-    function = compiled(module) if provider == "compile" else module
+    if provider in PEERS:
+        call = peer(provider, module, x)
+    else:
+        call = forward(compiled(module) if provider == "compile" else module, [x])
     tokens, width = tiles * config.num_patches, config.hidden_size
     flops = 2 * tokens * width * (4 * width + 2 * config.mlp_size) + 4 * tokens * config.num_patches * width
     moved = 2 * x.numel() + sum(parameter.numel() for parameter in block.parameters())
     run_case(
         benchmark,
         provider,
-        forward(function, [x]),
+        call,
         exact,
         DTYPES[dtype],
         flops=flops,

@@ -5,12 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from cases import DTYPES, compiled, forward, run_case
+from peers import PEERS, peer
 from torch import nn
 
 import vlmkern
 
 SHAPES = {"1_image": 1, "2_images": 2}
-PROVIDERS = ("transformers", "onednn", "compile", "vlmkern")
+PROVIDERS = ("transformers", "onednn", "compile", *PEERS, "vlmkern")
 SIZE, PATCH, WIDTH, HIDDEN, HEADS, LAYERS = 378, 14, 1152, 4304, 16, 4
 
 
@@ -49,13 +50,17 @@ def bench_siglip_patched_fwd(benchmark, shape, dtype, provider):
         # four blocks of three modules each
         assert len(patch(module)) == 3 * LAYERS
         vlmkern.pack(module)
+    if provider in PEERS:
+        call = peer(provider, module, pixels)
+    else:
+        call = forward(compiled(module) if provider == "compile" else module, [pixels])
     patches = (SIZE // PATCH) ** 2
     tokens = SHAPES[shape] * patches
     block = 2 * tokens * WIDTH * (4 * WIDTH + 2 * HIDDEN) + 4 * tokens * patches * WIDTH
     run_case(
         benchmark,
         provider,
-        forward(compiled(module) if provider == "compile" else module, [pixels]),
+        call,
         exact,
         DTYPES[dtype],
         flops=LAYERS * block + 2 * tokens * WIDTH * PATCH * PATCH * 3,

@@ -15,6 +15,7 @@ from bench_attention_pool import Eager as EagerPool
 from bench_siglip_block import Transformers
 from bench_swiglu_mlp import Eager as EagerMLP
 from cases import DTYPES, compiled, forward, run_case
+from peers import PEERS, peer
 from torch import nn
 
 import vlmkern
@@ -25,7 +26,7 @@ from vlmkern.models.jina_vlm.vision import VisionModel, run_tower
 FOUR_BLOCKS = JinaVLMConfig(vision=VisionConfig(num_layers=4, feature_layers=(3, 1)))
 CROPS = 5  # a 2 x 2 tiling and the thumbnail
 SHAPES = ("same_work", "kept_windows")
-PROVIDERS = ("transformers", "onednn", "compile", "vlmkern")
+PROVIDERS = ("transformers", "onednn", "compile", *PEERS, "vlmkern")
 
 
 class EagerPath(nn.Module):
@@ -86,9 +87,14 @@ def bench_vision_path_fwd(benchmark, shape, dtype, provider):
         vlmkern.pack(module)
         call = forward(lambda crops: vision.vl_connector(run_tower(vision, crops), mask, keep), [crops])
     else:
-        function = compiled(module) if provider == "compile" else module
-        select = (lambda y: y) if keep is None else (lambda y: y.flatten(0, 1)[keep])
-        call = forward(lambda crops: select(function(crops)), [crops])
+        if provider in PEERS:
+            run = peer(provider, module, crops)
+        else:
+            run = forward(compiled(module) if provider == "compile" else module, [crops])
+
+        def call():
+            return run() if keep is None else run().flatten(0, 1)[keep]
+
     tokens, width = CROPS * 729, 1152
     flops = 4 * (2 * tokens * width * (4 * width + 2 * 4304) + 4 * tokens * 729 * width)
     moved = crops.numel() + sum(parameter.numel() for parameter in vision.parameters())

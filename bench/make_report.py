@@ -17,6 +17,7 @@ from typing import Any
 import figures
 import torch
 from jinja2 import Environment, FileSystemLoader
+from peers import PEERS
 from rich.console import Console
 from savings import savings
 from scaling import TILES, scaling
@@ -86,7 +87,11 @@ def grouped(benchmarks: list[dict[str, Any]]) -> list[dict[str, Any]]:
             "shape": shape,
             "dtype": dtype,
             "label": f"{suite}, {shape.replace('_', ' ')}",
-            "milliseconds": {name: case["stats"]["median"] * 1e3 for name, case in cases.items()},
+            "milliseconds": {
+                name: case["stats"]["median"] * 1e3
+                for name, case in cases.items()
+                if case["extra_info"].get("comparable", True)
+            },
             "ours": cases["vlmkern"]["extra_info"],
         }
         for (suite, shape, dtype), cases in found.items()
@@ -149,10 +154,10 @@ def machine(info: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def times_table(groups: list[dict[str, Any]]) -> Table:
-    """Milliseconds of vlmkern and of the best other, and what one call allocates."""
+    """Milliseconds of vlmkern and of the best of torch, and what one call allocates."""
     rows = []
     for group in groups:
-        others = {name: ms for name, ms in group["milliseconds"].items() if name != "vlmkern"}
+        others = {name: ms for name, ms in group["milliseconds"].items() if name not in ("vlmkern", *PEERS)}
         if not others:
             continue
         best = min(others, key=lambda name: others[name])
