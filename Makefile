@@ -14,7 +14,7 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(STAMP): pyproject.toml constraints.txt $(NATIVE) | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --editable '.[test]' --constraint constraints.txt
+	$(BIN)/python -m pip install --quiet --editable '.[test]' --constraint constraints.txt -Ccmake.define.VLMKERN_EMULATE_AMX=ON
 	touch $@
 
 demo: setup
@@ -91,7 +91,7 @@ gpu:
 
 # the op tests on an extension built with AddressSanitizer and UndefinedBehaviorSanitizer, for each instruction set
 sanitize: setup
-	cmake -S . -B build/sanitize -DVLMKERN_SANITIZE=ON -DCMAKE_BUILD_TYPE=Debug \
+	cmake -S . -B build/sanitize -DVLMKERN_SANITIZE=ON -DVLMKERN_EMULATE_AMX=ON -DCMAKE_BUILD_TYPE=Debug \
 	  -DPython_EXECUTABLE=$(abspath $(BIN)/python) -Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir)
 	cmake --build build/sanitize --parallel
 	$(BIN)/python tests/sanitize.py build/sanitize

@@ -62,10 +62,10 @@ class PoolProblem {
   AttentionPool p_;
 };
 
-std::vector<std::string> usable_isas() {
+std::vector<std::string> isas(bool for_tests) {
   std::vector<std::string> names;
   for (Isa isa : kAllIsas)
-    if (usable(isa)) names.push_back(name(isa));
+    if (usable(isa) && emulated(isa) == for_tests) names.push_back(name(isa));
   return names;
 }
 
@@ -92,7 +92,8 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   const auto kExtents = py::arg("extents") = ExtentList();
 
   m.def("isa", [] { return name(active()); }, "The instruction set in use");
-  m.def("usable_isas", usable_isas, "Instruction sets that this build and CPU can run, lowest first");
+  m.def("usable_isas", [] { return isas(false); }, "Instruction sets that this build and CPU can run, lowest first");
+  m.def("emulated_isas", [] { return isas(true); }, "What VLMKERN_CPU_ISA may name beside them, to test kernels on CPUs without them");
   m.def("cpu_vendor", cpu_vendor, "As CPUID spells it; empty where there is none");
   m.def("cpu_features", cpu_features, "Features of this CPU that kernels here or libraries beside them ask for");
   m.def("cuda", cuda, "What the CUDA half was built for and sees");

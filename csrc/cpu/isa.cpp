@@ -8,6 +8,10 @@
 #if defined(__x86_64__)
 #include <cpuid.h>
 #endif
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 namespace vlmkern {
 namespace {
@@ -36,7 +40,7 @@ constexpr Feature kFeatures[] = {
 constexpr int kCount = sizeof kFeatures / sizeof kFeatures[0];
 
 using Set = uint32_t;  // a bit per entry of kFeatures
-static_assert(kCount <= 32);
+static_assert(kCount < 32);
 
 constexpr bool same(const char* a, const char* b) {
   while (*a && *a == *b) ++a, ++b;
@@ -52,7 +56,11 @@ constexpr Set set_of(Names... names) {
 }
 
 constexpr Set kAvx2 = set_of("avx", "fma", "f16c", "avx2");
+// none of a CPU: of kernels that do without what they are made for
+constexpr Set kEmulated = Set(1) << 31;
 constexpr Set kAvx512 = kAvx2 | set_of("avx512f", "avx512dq", "avx512bw", "avx512vl");
+
+constexpr Set kAvx512Bf16 = kAvx512 | set_of("avx512_bf16");
 
 struct Kind {
   Isa isa;
@@ -77,11 +85,24 @@ constexpr bool kHaveAvx512Bf16 = true;
 constexpr bool kHaveAvx512Bf16 = false;
 #endif
 
+#if VLMKERN_HAVE_AMX
+constexpr bool kHaveAmx = true;
+#else
+constexpr bool kHaveAmx = false;
+#endif
+#if VLMKERN_HAVE_AMX_EMULATED
+constexpr bool kHaveAmxEmulated = true;
+#else
+constexpr bool kHaveAmxEmulated = false;
+#endif
+
 constexpr Kind kKinds[] = {
     {Isa::portable, "portable", 0, true},
+    {Isa::amx_emulated, "amx_emulated", kEmulated, kHaveAmxEmulated},
     {Isa::avx2, "avx2", kAvx2, kHaveAvx2},
     {Isa::avx512, "avx512", kAvx512, kHaveAvx512},
-    {Isa::avx512_bf16, "avx512_bf16", kAvx512 | set_of("avx512_bf16"), kHaveAvx512Bf16},
+    {Isa::avx512_bf16, "avx512_bf16", kAvx512Bf16, kHaveAvx512Bf16},
+    {Isa::amx, "amx", kAvx512Bf16 | set_of("amx_tile", "amx_bf16"), kHaveAmx},
 };
 
 const Kind& kind(Isa isa) { return kKinds[static_cast<int>(isa)]; }
@@ -124,9 +145,21 @@ const Cpu& cpu() {
   return here;
 }
 
+#if defined(__linux__) && defined(__x86_64__)
+// Linux asks a process to request the tile registers, once for all its threads, and may refuse.
+bool tiles_granted() {
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;
+  static const bool granted = syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+  return granted;
+}
+#else
+bool tiles_granted() { return false; }
+#endif
+
 Isa best_usable() {
   Isa best = Isa::portable;
   for (Isa isa : kAllIsas) {
+    if (emulated(isa)) continue;
     // there vdpbf16ps runs at half rate: attention of 729 tokens takes 25 ms with it and 17.9 without (Sapphire Rapids)
     if (isa == Isa::avx512_bf16 && cpu().vendor == "GenuineIntel" && usable(Isa::avx512)) continue;
     if (usable(isa)) best = isa;
@@ -144,7 +177,7 @@ Isa resolve() {
       throw std::runtime_error(std::string("VLMKERN_CPU_ISA=") + wanted + ": this CPU or build has no such kernels; the best here is " +
                                name(best_usable()));
     }
-    names += std::string(names.empty() ? "" : ", ") + name(isa);
+    if (!emulated(isa)) names += std::string(names.empty() ? "" : ", ") + name(isa);
   }
   throw std::runtime_error(std::string("VLMKERN_CPU_ISA=") + wanted + ": expected one of " + names);
 }
@@ -155,7 +188,11 @@ const char* name(Isa isa) { return kind(isa).name; }
 
 bool extends(Isa isa, Isa other) { return (kind(other).needs & ~kind(isa).needs) == 0; }
 
-bool usable(Isa isa) { return kind(isa).compiled && (kind(isa).needs & ~cpu().features) == 0; }
+bool emulated(Isa isa) { return kind(isa).needs & kEmulated; }
+
+bool usable(Isa isa) {
+  return kind(isa).compiled && (kind(isa).needs & ~(cpu().features | kEmulated)) == 0 && (isa != Isa::amx || tiles_granted());
+}
 
 Isa active() {
   static const Isa isa = resolve();

@@ -7,10 +7,11 @@
 
 namespace vlmkern {
 
-// Sets of features, each with kernels of its own. One comes after those that it extends.
-enum class Isa : int { portable, avx2, avx512, avx512_bf16 };
+// Sets of features, each with kernels of its own. One comes after those that it extends. amx_emulated is AMX's kernels on plain C++,
+// to test them anywhere; it is never chosen unless named.
+enum class Isa : int { portable, amx_emulated, avx2, avx512, avx512_bf16, amx };
 
-inline constexpr Isa kAllIsas[] = {Isa::portable, Isa::avx2, Isa::avx512, Isa::avx512_bf16};
+inline constexpr Isa kAllIsas[] = {Isa::portable, Isa::amx_emulated, Isa::avx2, Isa::avx512, Isa::avx512_bf16, Isa::amx};
 
 const char* name(Isa isa);
 
@@ -19,6 +20,9 @@ bool extends(Isa isa, Isa other);
 
 // True when kernels for this ISA were compiled in and this CPU and OS run them.
 bool usable(Isa isa);
+
+// Whether it is for tests alone.
+bool emulated(Isa isa);
 
 // The ISA in use. Throws std::runtime_error when VLMKERN_CPU_ISA names an unknown or unusable one.
 Isa active();

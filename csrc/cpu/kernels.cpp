@@ -25,6 +25,14 @@ VLMKERN_ISA_HAS(avx512, VLMKERN_KERNELS)
 VLMKERN_ISA_HAS(avx512_bf16, VLMKERN_KERNELS)
 #endif
 
+#define VLMKERN_WITH_TILES(X) X(AttentionFwdKernel, attention_fwd_kernel)
+#if VLMKERN_HAVE_AMX
+VLMKERN_ISA_HAS(amx, VLMKERN_WITH_TILES)
+#endif
+#if VLMKERN_HAVE_AMX_EMULATED
+VLMKERN_ISA_HAS(amx_emulated, VLMKERN_WITH_TILES)
+#endif
+
 namespace {
 
 void take(Isa isa, Kernels& all) {
@@ -38,6 +46,12 @@ void take(Isa isa, Kernels& all) {
 #endif
 #if VLMKERN_HAVE_AVX512_BF16
     case Isa::avx512_bf16: return avx512_bf16::take(all);
+#endif
+#if VLMKERN_HAVE_AMX
+    case Isa::amx: return amx::take(all);
+#endif
+#if VLMKERN_HAVE_AMX_EMULATED
+    case Isa::amx_emulated: return amx_emulated::take(all);
 #endif
     default: return;
   }

@@ -46,6 +46,12 @@ struct SignedScale : Scale {
   }
 };
 
+#if defined(__AVX512BF16__) || VLMKERN_EMULATE_TILES
+#define VLMKERN_BF16_PAIRS 1
+#else
+#define VLMKERN_BF16_PAIRS 0
+#endif
+
 #if defined(__AVX512BF16__)
 struct Bf16Pairs {
   static constexpr int pair = 2;
@@ -71,11 +77,42 @@ inline void store_halves(float* words, Vec a) {
 inline Vec pair_up(Vec first, Vec second) {
   return {_mm512_or_ps(_mm512_castsi512_ps(_mm512_srli_epi32(_mm512_castps_si512(first.v), 16)), second.v)};
 }
+
+// pairs of ones, by which multiply_add() sums the two values of each lane
+inline Vec ones_of_pairs() { return {_mm512_castsi512_ps(_mm512_set1_epi32(0x3f803f80))}; }
+
+#elif VLMKERN_BF16_PAIRS
+struct Bf16Pairs {
+  static constexpr int pair = 2;
+  static constexpr uint32_t sign_bits = 0x80008000;
+  static constexpr int exp2_degree = 3;
+  static Vec multiply_add(Vec a, Vec b, Vec sum) {
+    for (int i = 0; i < kWidth; ++i) {
+      float first_a, second_a, first_b, second_b;
+      split_pair(a.v[i], first_a, second_a), split_pair(b.v[i], first_b, second_b);
+      sum.v[i] += first_a * first_b + second_a * second_b;
+    }
+    return sum;
+  }
+};
+
+inline Vec interleave(Vec first, Vec second) {
+  bf16 low[kWidth], high[kWidth];
+  store(low, first), store(high, second);
+  for (int i = 0; i < kWidth; ++i) first.v[i] = float_of(low[i].bits | uint32_t(high[i].bits) << 16);
+  return first;
+}
+inline void store_halves(float* words, Vec a) { store(reinterpret_cast<bf16*>(words), a); }
+inline Vec pair_up(Vec first, Vec second) {
+  for (int i = 0; i < kWidth; ++i) first.v[i] = float_of(bits_of(first.v[i]) >> 16 | bits_of(second.v[i]));
+  return first;
+}
+inline Vec ones_of_pairs() { return set1(float_of(0x3f803f80)); }
 #endif
 
 inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
-// One row of a tensor as words.
+// One row of a tensor as words, zero beyond it where they are pairs.
 template <class Maths, typename T>
 void pack_row(const T* from, int64_t head_dim, int64_t words, float* to) {
   if constexpr (Maths::pair == 1) {
@@ -85,7 +122,7 @@ void pack_row(const T* from, int64_t head_dim, int64_t words, float* to) {
       store_n(to + d, load_n(from + d, n), n);
     }
   } else {
-    if (head_dim % 2) to[words - 1] = 0;
+    for (int64_t w = head_dim / 2; w < words; ++w) to[w] = 0;
     memcpy(static_cast<void*>(to), from, head_dim * sizeof(T));
   }
 }
@@ -106,7 +143,7 @@ void pack_rows(const T* from, int64_t stride, int64_t rows, int64_t cols, int64_
       const int64_t left = cols - d;
       const int n = int(left < lanes ? (left > 0 ? left : 0) : lanes);
       Vec words = first < rows ? load_n(from + first * stride + d, n) : set1(0.0f);
-#if defined(__AVX512BF16__)
+#if VLMKERN_BF16_PAIRS
       if constexpr (Maths::pair == 2) words = pair_up(words, first + 1 < rows ? load_n(from + (first + 1) * stride + d, n) : set1(0.0f));
 #endif
       store_n(to + d, words, lanes);

@@ -125,8 +125,12 @@ inline void store(f16* p, Vec a) {
 
 // fixed-length arrays: the compiler turns these loops into whatever vectors the baseline has
 struct Vec {
+#if VLMKERN_EMULATE_TILES
+  static constexpr int width = 16;  // as kernels with tiles have it
+#else
   static constexpr int width = 8;
-  float v[8];
+#endif
+  float v[width];
 };
 #define VLMKERN_LANES(expr)                                \
   Vec r;                                                   \
@@ -151,6 +155,10 @@ inline float float_of(uint32_t u) {
   float x;
   memcpy(&x, &u, 4);
   return x;
+}
+// the two bfloat16 of a word, the first in the lower half
+inline void split_pair(float word, float& first, float& second) {
+  first = float_of(bits_of(word) << 16), second = float_of(bits_of(word) & 0xffff0000);
 }
 inline float power_of_two(int n) { return float_of(uint32_t(n + 127) << 23); }
 inline float scale_lane(float a, float n) {

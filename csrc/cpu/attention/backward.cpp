@@ -183,7 +183,7 @@ void weigh(const Layout<Maths>& layout, const Scratch<Maths>& scratch, int64_t p
           store(scratch.p + at, p);
           store(scratch.ds + at, ds);
         } else {
-#if defined(__AVX512BF16__)
+#if VLMKERN_BF16_PAIRS
           const Vec next_p = load(tile + (r + 1) * kRow + j * kWidth), next_ds = kept(next_p * (sum[r + 1][j] - shift), j);
           store_halves(scratch.p + at / 2, p);
           store_halves(scratch.p + (at + kQueries) / 2, next_p);
@@ -349,7 +349,7 @@ void differentiate(const AttentionHeadBwd& head, void* memory) {
 }
 
 size_t scratch_bytes(DType dtype, int64_t tokens, int64_t head_dim) {
-#if defined(__AVX512BF16__)
+#if VLMKERN_BF16_PAIRS
   if (dtype == DType::bf16) return Scratch<Bf16Pairs>().place({tokens, head_dim}, nullptr) * sizeof(float);
 #endif
   (void)dtype;
@@ -359,7 +359,7 @@ size_t scratch_bytes(DType dtype, int64_t tokens, int64_t head_dim) {
 void run_head(const AttentionHeadBwd& head, void* scratch) {
   switch (head.dtype) {
     case DType::f32: return differentiate<Float32, float>(head, scratch);
-#if defined(__AVX512BF16__)
+#if VLMKERN_BF16_PAIRS
     case DType::bf16: return differentiate<Bf16Pairs, bf16>(head, scratch);
 #else
     case DType::bf16: return differentiate<Float32, bf16>(head, scratch);

@@ -112,7 +112,7 @@ void pack_slots(const PoolWindows& p, const Group& g, const Chunk& chunk, float*
   if constexpr (Maths::pair == 1) {
     pack_channels<Maths, T>(p, g, chunk, x);
   } else {
-#if defined(__AVX512BF16__)
+#if VLMKERN_BF16_PAIRS
     const int64_t pairs = (p.size + 1) / 2, lanes = g.lanes();
     for (int64_t j = 0; j < pairs; ++j)
       transpose_slots<T>(
@@ -141,7 +141,7 @@ OUT_OF_LINE void score(const float* weights, int64_t stride, int64_t steps, cons
         if constexpr (Maths::pair == 1) {
           words[r][v] = sum[r][v];
         } else {
-#if defined(__AVX512BF16__)
+#if VLMKERN_BF16_PAIRS
           words[r][v] = interleave(sum[2 * r][v], sum[2 * r + 1][v]);
 #endif
         }
@@ -178,10 +178,10 @@ void softmax(float* s, int64_t size, float scale) {
         sum = sum + first;
         store(mine + j * kLanes, first);
       } else {
-#if defined(__AVX512BF16__)
+#if VLMKERN_BF16_PAIRS
         // summed as they were rounded, so that they add up to one
         const Vec words = interleave(weight(j), j + 1 < size ? weight(j + 1) : set1(0.0f));
-        sum = Maths::multiply_add(words, Vec{_mm512_castsi512_ps(_mm512_set1_epi32(0x3f803f80))}, sum);
+        sum = Maths::multiply_add(words, ones_of_pairs(), sum);
         store(mine + j / 2 * kLanes, words);
 #endif
       }
@@ -211,7 +211,7 @@ OUT_OF_LINE void pool(const float* p, const float* x, int64_t channels, int64_t 
       if constexpr (Maths::pair == 1) {
         store(to, mix(c));
       } else {
-#if defined(__AVX512BF16__)
+#if VLMKERN_BF16_PAIRS
         store(to, interleave(mix(c), mix(c + 1)));
 #endif
       }
@@ -394,7 +394,7 @@ void pool_heads(const PoolHeads& task, void* memory) {
 }
 
 size_t scratch_bytes(DType dtype, int64_t size, int64_t heads, int64_t key_dim, int64_t value_dim) {
-#if defined(__AVX512BF16__)
+#if VLMKERN_BF16_PAIRS
   if (dtype == DType::bf16) return Scratch<Bf16Pairs>(size, heads, key_dim, value_dim).words * sizeof(float);
 #endif
   (void)dtype;
@@ -404,7 +404,7 @@ size_t scratch_bytes(DType dtype, int64_t size, int64_t heads, int64_t key_dim, 
 void run_heads(const PoolHeads& task, void* scratch) {
   switch (task.windows.dtype) {
     case DType::f32: return pool_heads<Float32, float>(task, scratch);
-#if defined(__AVX512BF16__)
+#if VLMKERN_BF16_PAIRS
     case DType::bf16: return pool_heads<Bf16Pairs, bf16>(task, scratch);
 #else
     case DType::bf16: return pool_heads<Float32, bf16>(task, scratch);
