@@ -100,36 +100,43 @@ inline void tile_multiply() {
 
 #endif
 
-// An even number of rows of a product at a time: four sums of two tiles of `a` by two of `b`, all eight tiles in use.
-//     sums[16 i + row][j][lane] (+)= sum over steps of a[i][step] b[step][j]     for i below `rows` (1 or 2) and j below 2
-// Tile (i, step) of a begins at a + i * a_tile + step * a_step, its rows a_row apart; of b tile (step, j) at b + step * b_step +
-// 16 j, rows 32 apart, as vectors of 16 lanes lie by two. Sums lie like b.
-template <int rows>
-inline void tile_product(const float* a, int64_t a_tile, int64_t a_step, int64_t a_row, const float* b, int64_t b_step, int64_t steps,
-                         bool first, float* sums) {
-  constexpr int64_t kRow = 2 * kTile;
-  float* const below = sums + kTile * kRow;
+// Sums of up to two tiles of rows by two of columns, which takes all eight tiles:
+//     sums[16 i + row][16 j + column] (+)= sum over steps of a[i][step] b[step][j]     for i below `rows` and j below `columns`
+// Tile (i, step) of a begins at a + i * a_tile + step * a_step, its rows a_row words apart; tile (step, j) of b at
+// b + step * b_step + 16 j, its rows b_row apart; rows of sums are sums_row apart.
+template <int rows, int columns>
+inline void tile_product(const float* a, int64_t a_tile, int64_t a_step, int64_t a_row, const float* b, int64_t b_step, int64_t b_row,
+                         int64_t steps, bool first, float* sums, int64_t sums_row) {
+  float *const right = sums + kTile, *const below = sums + kTile * sums_row, *const corner = below + kTile;
   if (first) {
-    tile_zero<0>(), tile_zero<1>();
-    if constexpr (rows == 2) tile_zero<2>(), tile_zero<3>();
+    tile_zero<0>();
+    if constexpr (columns == 2) tile_zero<1>();
+    if constexpr (rows == 2) tile_zero<2>();
+    if constexpr (rows == 2 && columns == 2) tile_zero<3>();
   } else {
-    tile_load<0>(sums, kRow), tile_load<1>(sums + kTile, kRow);
-    if constexpr (rows == 2) tile_load<2>(below, kRow), tile_load<3>(below + kTile, kRow);
+    tile_load<0>(sums, sums_row);
+    if constexpr (columns == 2) tile_load<1>(right, sums_row);
+    if constexpr (rows == 2) tile_load<2>(below, sums_row);
+    if constexpr (rows == 2 && columns == 2) tile_load<3>(corner, sums_row);
   }
   for (int64_t step = 0; step < steps; ++step, a += a_step, b += b_step) {
     tile_load<4>(a, a_row);
-    tile_load<6>(b, kRow);
+    tile_load<6>(b, b_row);
     tile_multiply<0, 4, 6>();
-    tile_load<7>(b + kTile, kRow);
-    tile_multiply<1, 4, 7>();
+    if constexpr (columns == 2) {
+      tile_load<7>(b + kTile, b_row);
+      tile_multiply<1, 4, 7>();
+    }
     if constexpr (rows == 2) {
       tile_load<5>(a + a_tile, a_row);
       tile_multiply<2, 5, 6>();
-      tile_multiply<3, 5, 7>();
+      if constexpr (columns == 2) tile_multiply<3, 5, 7>();
     }
   }
-  tile_store<0>(sums, kRow), tile_store<1>(sums + kTile, kRow);
-  if constexpr (rows == 2) tile_store<2>(below, kRow), tile_store<3>(below + kTile, kRow);
+  tile_store<0>(sums, sums_row);
+  if constexpr (columns == 2) tile_store<1>(right, sums_row);
+  if constexpr (rows == 2) tile_store<2>(below, sums_row);
+  if constexpr (rows == 2 && columns == 2) tile_store<3>(corner, sums_row);
 }
 
 }  // namespace

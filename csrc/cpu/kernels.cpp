@@ -25,7 +25,9 @@ VLMKERN_ISA_HAS(avx512, VLMKERN_KERNELS)
 VLMKERN_ISA_HAS(avx512_bf16, VLMKERN_KERNELS)
 #endif
 
-#define VLMKERN_WITH_TILES(X) X(AttentionFwdKernel, attention_fwd_kernel)
+#define VLMKERN_WITH_TILES(X)                 \
+  X(AttentionFwdKernel, attention_fwd_kernel) \
+  X(AttentionBwdKernel, attention_bwd_kernel)
 #if VLMKERN_HAVE_AMX
 VLMKERN_ISA_HAS(amx, VLMKERN_WITH_TILES)
 #endif

@@ -21,6 +21,12 @@ constexpr int kGroup = 8;  // rows of operands are padded to this many, whatever
 constexpr float kInfinity = __builtin_inff();
 constexpr float kLn2 = 0.693147180559945309f, kLog2e = 1.44269504088896341f;
 
+// A number that the compiler knows.
+template <int n>
+struct Int {
+  static constexpr int value = n;
+};
+
 struct Float32 {
   static constexpr int pair = 1;
   static constexpr uint32_t sign_bits = 0x80000000;

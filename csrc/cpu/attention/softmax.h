@@ -22,11 +22,6 @@ namespace vlmkern {
 namespace VLMKERN_ISA {
 namespace {
 
-template <int n>
-struct Int {
-  static constexpr int value = n;
-};
-
 // The scores times a factor, and highest[j] anew.
 template <int vectors>
 void rescale_scores(float* s, int64_t count, Vec factor, Vec (&highest)[vectors]) {

@@ -14,6 +14,24 @@ namespace vlmkern {
 namespace VLMKERN_ISA {
 namespace {
 
+// Rows of a tensor as tiles [channel tile][step][channel][word], a word being a pair of rows; zero beyond them.
+inline void pack_transposed(const bf16* from, int64_t stride, int64_t rows, int64_t head_dim, int64_t steps, float* to) {
+  const int64_t channel_tiles = (head_dim + kTile - 1) / kTile;
+  for (int64_t step = 0; step < steps; ++step)
+    for (int64_t c = 0; c < channel_tiles; ++c) {
+      const int lanes = int(head_dim - c * kTile < kTile ? head_dim - c * kTile : kTile);
+      Vec square[kTile];
+      for (int i = 0; i < kTile; ++i) {
+        const int64_t n = 2 * (step * kTile + i);
+        const bf16* row = from + n * stride + c * kTile;
+        const Vec first = n < rows ? load_n(row, lanes) : set1(0.0f);
+        square[i] = pair_up(first, n + 1 < rows ? load_n(row + stride, lanes) : set1(0.0f));
+      }
+      transpose(square);
+      for (int i = 0; i < kTile; ++i) store(to + (c * steps + step) * kTileWords + i * kTile, square[i]);
+    }
+}
+
 struct TileProducts {
   using Maths = Bf16Pairs;
   using Registers = Tiles;
@@ -58,20 +76,7 @@ struct TileProducts {
 
   void pack_keys(const bf16* from_k, int64_t k_stride, const bf16* from_v, int64_t v_stride) const {
     pack_words<Maths>(from_k, k_stride, tokens, head_dim, key_steps * kStep, head_words, k);
-    // tiles [channel][word], a word being a pair of keys
-    for (int64_t step = 0; step < key_steps; ++step)
-      for (int64_t c = 0; c < channel_tiles; ++c) {
-        const int lanes = int(head_dim - c * kTile < kTile ? head_dim - c * kTile : kTile);
-        Vec square[kTile];
-        for (int i = 0; i < kTile; ++i) {
-          const int64_t n = step * kStep + 2 * i;
-          const bf16* from = from_v + n * v_stride + c * kTile;
-          const Vec first = n < tokens ? load_n(from, lanes) : set1(0.0f);
-          square[i] = pair_up(first, n + 1 < tokens ? load_n(from + v_stride, lanes) : set1(0.0f));
-        }
-        transpose(square);
-        for (int i = 0; i < kTile; ++i) store(v + (c * key_steps + step) * kTileWords + i * kTile, square[i]);
-      }
+    pack_transposed(from_v, v_stride, tokens, head_dim, key_steps, v);
   }
   template <int vectors>
   void pack_queries(const bf16* from, int64_t stride, int64_t count, uint32_t flipped_bits) const {
@@ -80,7 +85,8 @@ struct TileProducts {
   template <int vectors>
   void score(int64_t key, int64_t count, Vec (&highest)[vectors]) const {
     for (int64_t n = 0; n < count; n += kStep)
-      tile_product<2>(k + (key + n) * head_words, kTile * head_words, kTile, head_words, q, kTile * kLanes, head_steps, true, s + n * kLanes);
+      tile_product<2, 2>(k + (key + n) * head_words, kTile * head_words, kTile, head_words, q, kTile * kLanes, kLanes, head_steps, true,
+                         s + n * kLanes, kLanes);
     for (int64_t n = 0; n < count; ++n)
       for (int j = 0; j < vectors; ++j) highest[j] = max(highest[j], load(s + (n * vectors + j) * kWidth));
     for (int64_t n = count; n < padded(count); ++n)
@@ -99,9 +105,9 @@ struct TileProducts {
     for (int64_t c = 0; c < channel_tiles; c += 2) {
       float* to = o + c * kTile * kLanes;
       if (c + 1 < channel_tiles)
-        tile_product<2>(from + c * next, next, kTileWords, kTile, p, kTile * kLanes, steps, key == 0, to);
+        tile_product<2, 2>(from + c * next, next, kTileWords, kTile, p, kTile * kLanes, kLanes, steps, key == 0, to, kLanes);
       else
-        tile_product<1>(from + c * next, next, kTileWords, kTile, p, kTile * kLanes, steps, key == 0, to);
+        tile_product<1, 2>(from + c * next, next, kTileWords, kTile, p, kTile * kLanes, kLanes, steps, key == 0, to, kLanes);
     }
   }
 };

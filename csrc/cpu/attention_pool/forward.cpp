@@ -27,11 +27,6 @@ constexpr int64_t kChunk = 144;
 // inlined into one caller, the compiler spills their tiles: 34 ms instead of 28 for 784 windows in bfloat16
 #define OUT_OF_LINE __attribute__((noinline))
 
-template <int n>
-struct Int {
-  static constexpr int value = n;
-};
-
 template <class Body>
 void by_vectors(int vectors, Body body) {
   switch (vectors) {
