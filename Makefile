@@ -23,11 +23,12 @@ demo: setup
 test: setup
 	$(BIN)/python -m pytest
 
-# the op tests for each instruction set that the CPU has, and as on a CPU where torch has no bfloat16 products either;
+# the op tests for each instruction set that the CPU has, for AMX's kernels on plain C++, and as on a CPU where torch has no bfloat16 products either;
 # that one with a cache of its own: torch 2.13 loads what it compiled for one vector width for another, and corrupts memory
 OP_TESTS := tests/ops $(foreach name,packing native_properties fuzz,tests/test_$(name).py)
 test-isas: setup
-	set -e; for isa in $$($(BIN)/python -c "import vlmkern; print(*vlmkern.backends()['native']['isas'][:-1])"); do \
+	set -e; for isa in $$($(BIN)/python -c \
+	  "import vlmkern; n = vlmkern.backends()['native']; print(*{*n['isas'], *n.get('emulated_isas', [])} - {n['isa']})"); do \
 	  echo "== $$isa"; VLMKERN_CPU_ISA=$$isa $(BIN)/python -m pytest -q $(OP_TESTS); done
 	TORCHINDUCTOR_CACHE_DIR=$(abspath build/inductor_avx2) VLMKERN_CPU_ISA=avx2 ONEDNN_MAX_CPU_ISA=AVX2 \
 	  ATEN_CPU_CAPABILITY=avx2 $(BIN)/python -m pytest -q $(OP_TESTS)

@@ -31,7 +31,11 @@ def main(directory: str) -> int:
         for name in ("libasan.so", "libstdc++.so")
     ]
     report = subprocess.run(
-        [sys.executable, "-c", "import vlmkern; print(*vlmkern.backends()['native']['isas'])"],
+        [
+            sys.executable,
+            "-c",
+            "import vlmkern; n = vlmkern.backends()['native']; print(*n['isas'], *n.get('emulated_isas', []))",
+        ],
         check=True,
         capture_output=True,
         text=True,

@@ -82,11 +82,41 @@ print(vlmkern.backends()["native"]["isa"])
 """
 
 
-@pytest.mark.parametrize("isa", report.get("isas", []))
+@pytest.mark.parametrize("isa", [*report.get("isas", []), *report.get("emulated_isas", [])])
 def test_every_usable_isa_by_force(isa):
     result = run_python(CHECK_ISA, VLMKERN_CPU_ISA=isa)
     assert result.returncode == 0, result.stderr
     assert result.stdout.strip() == isa
+
+
+TILES = """
+import sys, torch, vlmkern
+from vlmkern import ops
+
+torch.manual_seed(0)
+results = []
+for tokens, dim in ((1, 1), (31, 7), (33, 72), (300, 80), (129, 256)):
+    q, k, v = (t.detach().requires_grad_() for t in torch.randn(2, tokens, 3, 2, dim).bfloat16().unbind(2))
+    out = ops.attention(q, k, v)
+    results += [out, *torch.autograd.grad(out, (q, k, v), torch.randn_like(out))]
+torch.save([r.detach() for r in results], sys.argv[1])
+"""
+
+
+@pytest.mark.skipif("amx_emulated" not in report.get("emulated_isas", []), reason="a build without emulated tiles")
+def test_tiles_compute_what_vectors_do(tmp_path):
+    """On plain C++, and where the CPU has AMX on its own tiles: the same source, against another's sums of pairs."""
+    found = {}
+    for isa in ("amx_emulated", *{"amx", "avx512_bf16"}.intersection(report["isas"])):
+        result = run_python(f"import sys; sys.argv[1:] = [{str(tmp_path / isa)!r}]\n{TILES}", VLMKERN_CPU_ISA=isa)
+        assert result.returncode == 0, result.stderr
+        found[isa] = torch.load(tmp_path / isa)
+    emulated = found.pop("amx_emulated")
+    for others in found.values():
+        for ours, theirs in zip(emulated, others, strict=True):
+            # weights are rounded to bfloat16 on the way: a unit of the largest value's last place, here and there
+            scale = max(1e-3, theirs.float().abs().max().item())
+            torch.testing.assert_close(ours.float() / scale, theirs.float() / scale, rtol=0, atol=2**-7)
 
 
 def test_isa_that_is_not_there():

@@ -15,7 +15,7 @@ import vlmkern
 
 report = vlmkern.backends()["native"]
 pytestmark = pytest.mark.skipif(not report["available"], reason=report.get("reason", ""))
-each_isa = pytest.mark.parametrize("isa", report.get("isas", []))
+each_isa = pytest.mark.parametrize("isa", [*report.get("isas", []), *report.get("emulated_isas", [])])
 
 
 def check(isa: str, code: str) -> None:

@@ -127,7 +127,10 @@ def reproducer(record: dict, seed: int, isa: str | None = None) -> str:
 
 def _settings() -> dict[str, dict[str, str]]:
     """Environment variables of every setting that this machine can run."""
-    code = "import json, vlmkern; print(json.dumps(vlmkern.backends()['native']['isas']))"
+    code = (
+        "import json, vlmkern; native = vlmkern.backends()['native'];"
+        "print(json.dumps([*native.get('emulated_isas', []), *native['isas']]))"
+    )
     isas = json.loads(subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.PIPE, cwd=ROOT).stdout)
     settings = {isa: {"VLMKERN_CPU_ISA": isa} for isa in isas}
     # a cache of its own: torch 2.13 loads what it compiled for one vector width for another, and corrupts memory

@@ -19,8 +19,8 @@ __all__ = ["BackendFallbackWarning", "BackendUnavailable", "backends", "explain"
 def backends() -> dict[str, dict[str, Any]]:
     """What can run here: one dict per backend with `available` and, where it is not, `reason`.
 
-    "native" adds `isa` (in use), `isas` (usable), the CPU's `vendor` and `features`, and `threads`; "triton" adds
-    `version` and `interpreter`; each lists the `ops` it has kernels for.
+    "native" adds `isa` (in use), `isas` (usable), `emulated_isas` (of builds for tests), the CPU's `vendor` and
+    `features`, and `threads`; "triton" adds `version` and `interpreter`; each lists the `ops` it has kernels for.
     """
     report: dict[str, dict[str, Any]] = {}
     for name in availability.BACKENDS[1:]:

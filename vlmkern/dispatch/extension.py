@@ -77,6 +77,7 @@ def describe() -> dict[str, Any]:
     return {
         "isa": module.isa(),
         "isas": module.usable_isas(),
+        **({"emulated_isas": module.emulated_isas()} if module.emulated_isas() else {}),
         "vendor": module.cpu_vendor(),
         "features": module.cpu_features(),
         "threads": torch.get_num_threads(),
