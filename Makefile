@@ -23,14 +23,15 @@ demo: setup
 test: setup
 	$(BIN)/python -m pytest
 
-# the op tests for each instruction set that the CPU has, and as on a CPU where torch has no bfloat16 products either;
-# that one with a cache of its own: torch 2.13 loads what it compiled for one vector width for another, and corrupts memory
-OP_TESTS := $(foreach name,attention attention_pool attention_pool_gradients linear swiglu_mlp add_layer_norm ops_in_torch packing native_properties fuzz,tests/test_$(name).py)
+# the op tests for each instruction set that the CPU has, and as on CPUs of AVX-512 and of AVX2 where torch has no
+# bfloat16 products either; the last with a cache of its own: torch 2.13 loads what it compiled for one vector width for another, and corrupts memory
+OP_TESTS := $(foreach name,attention attention_pool attention_pool_gradients linear swiglu_mlp cpu_products add_layer_norm ops_in_torch packing native_properties fuzz,tests/test_$(name).py)
 test-isas: setup
 	set -e; for isa in $$($(BIN)/python -c "import vlmkern; print(*vlmkern.backends()['native']['isas'][:-1])"); do \
 	  echo "== $$isa"; VLMKERN_CPU_ISA=$$isa $(BIN)/python -m pytest -q $(OP_TESTS); done
+	VLMKERN_CPU_ISA=avx512 ONEDNN_MAX_CPU_ISA=AVX512_CORE $(BIN)/python -m pytest -q $(OP_TESTS)
 	TORCHINDUCTOR_CACHE_DIR=$(abspath build/inductor_avx2) VLMKERN_CPU_ISA=avx2 ONEDNN_MAX_CPU_ISA=AVX2 \
-	  ATEN_CPU_CAPABILITY=avx2 $(BIN)/python -m pytest -q $(OP_TESTS)
+	  ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 $(BIN)/python -m pytest -q $(OP_TESTS)
 
 # the transformers tests with the oldest version that is supported, installed beside the others
 COMPAT := build/compat

@@ -27,9 +27,9 @@ from ._algebra import activate_
 
 _POST_OPS = {"none": ("none", ""), "gelu_tanh": ("gelu", "tanh"), "gelu": ("gelu", "none"), "silu": ("swish", "")}
 
-# of a panel of weights. Zen 4, 729 rows, weights 4304 x 1152 and 1152 x 4304: narrower panels have the rows read more
-# often (256 outputs take 3 to 9 % longer), wider ones leave the caches (2,000 outputs 5 to 10 %)
-_PANEL_OUTPUTS = 512
+# of a panel of weights. Zen 4, 729 rows: with panels of 256 outputs the rows are read more often, which takes 3 to 9 %
+# longer; with 2,000 the panels leave the caches, 5 to 30 % where there are few rows
+_PANEL_OUTPUTS = 1024
 _PANEL_BYTES = 8 << 20
 # of x that are converted at once: a panel's results stay in the cache, and converting the weights again costs 1 %
 _BLOCK_ROWS = 2048
@@ -127,13 +127,17 @@ def _in_panels(
 
 
 def _panels(weight: Tensor, bias: Tensor | None) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
-    """Weight and bias in float32, some outputs at a time, about as many each time: (which, theirs, theirs)."""
+    """Weight and bias in float32, some outputs at a time, about as many each time: (which, theirs, theirs).
+    The next ones take the place of those before."""
     outputs, inputs = weight.shape
     most = min(_PANEL_OUTPUTS, max(16, _PANEL_BYTES // (4 * inputs)))
     each = -(-outputs // (16 * -(-outputs // most))) * 16
+    # one buffer for all: a new one for each is mapped into memory each time in many a process, at five times the cost
+    buffer = torch.empty_like(weight[:each], dtype=torch.float32)
     for first in range(0, outputs, each):
         which = slice(first, first + each)
-        yield which, dense(weight[which].float()), None if bias is None else bias[which].float()
+        panel = buffer[: outputs - first].copy_(weight[which])
+        yield which, dense(panel), None if bias is None else bias[which].float()
 
 
 def _float32(rows: Tensor, weight: Tensor, bias: Tensor | None, activation: str = "none") -> Tensor:
