@@ -23,15 +23,21 @@ demo: setup
 test: setup
 	$(BIN)/python -m pytest
 
-# the op tests for each instruction set that the CPU has, for AMX's kernels on plain C++, and as on a CPU where torch has no bfloat16 products either;
-# that one with a cache of its own: torch 2.13 loads what it compiled for one vector width for another, and corrupts memory
-OP_TESTS := tests/ops $(foreach name,packing native_properties fuzz,tests/test_$(name).py)
+# the op tests for each instruction set that the CPU has; those below AVX512_BF16 as on CPUs where torch has no bfloat16
+# products either, the last with a cache of its own: torch 2.13 loads what it compiled for one vector width for another, and
+# corrupts memory; and attention by AMX's kernels on plain C++
+OP_TESTS := tests/ops $(foreach name,cpu_products packing native_properties fuzz,tests/test_$(name).py)
 test-isas: setup
-	set -e; for isa in $$($(BIN)/python -c \
-	  "import vlmkern; n = vlmkern.backends()['native']; print(*{*n['isas'], *n.get('emulated_isas', [])} - {n['isa']})"); do \
-	  echo "== $$isa"; VLMKERN_CPU_ISA=$$isa $(BIN)/python -m pytest -q $(OP_TESTS); done
-	TORCHINDUCTOR_CACHE_DIR=$(abspath build/inductor_avx2) VLMKERN_CPU_ISA=avx2 ONEDNN_MAX_CPU_ISA=AVX2 \
-	  ATEN_CPU_CAPABILITY=avx2 $(BIN)/python -m pytest -q $(OP_TESTS)
+	set -e; \
+	run() { echo "== $$*"; env "$$@"; }; \
+	for isa in $$($(BIN)/python -c "import vlmkern; n = vlmkern.backends()['native']; print(*(i for i in n['isas'] if i != n['isa']))"); do \
+	  case $$isa in \
+	    avx512) run VLMKERN_CPU_ISA=avx512 ONEDNN_MAX_CPU_ISA=AVX512_CORE $(BIN)/python -m pytest -q $(OP_TESTS);; \
+	    avx2) run VLMKERN_CPU_ISA=avx2 ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 \
+	      TORCHINDUCTOR_CACHE_DIR=$(abspath build/inductor_avx2) $(BIN)/python -m pytest -q $(OP_TESTS);; \
+	    *) run VLMKERN_CPU_ISA=$$isa $(BIN)/python -m pytest -q $(OP_TESTS);; \
+	  esac; done; \
+	run VLMKERN_CPU_ISA=amx_emulated $(BIN)/python -m pytest -q tests/ops/attention tests/test_native_properties.py
 
 # the transformers tests with the oldest version that is supported, installed beside the others
 COMPAT := build/compat

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from .dispatch.targets import onednn_has
+from .dispatch import routes
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -157,7 +157,7 @@ def _release(model: nn.Module) -> dict[str, int]:
             weight = getattr(layer, "weight", None)
             if type(layer) is not nn.Linear or name in kept or weight.requires_grad or owners[id(weight)] > 1:
                 continue
-            if _unfit(weight) is not None or weight.numel() == 0 or not onednn_has(weight.dtype):
+            if _unfit(weight) is not None or weight.numel() == 0 or routes.here(weight.dtype) != "oneDNN":
                 continue
             layer.weight = nn.Parameter(torch.ops.mkldnn._reorder_linear_weight(weight.detach()), requires_grad=False)
             released[".".join(part for part in (prefix, name, "weight") if part)] = weight.nbytes

@@ -11,7 +11,6 @@ from support import LOW_PRECISION, low_precision_close, op_backends
 
 import vlmkern
 from vlmkern import ops
-from vlmkern.packing import onednn_has
 
 OP = torch.ops.vlmkern.linear.default
 EAGER = {
@@ -58,8 +57,6 @@ class TestNumbers:
     @pytest.mark.parametrize("dtype", LOW_PRECISION)
     @pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 40])
     def test_low_precision(self, backend, dtype, rows):
-        if backend == "native" and rows > 4 and not onednn_has(dtype):
-            pytest.skip("many rows are left to torch where oneDNN does not have the dtype")
         x, weight, bias, residual = make(rows, 1152, 96, dtype)
         with vlmkern.use_backend(backend):
             y = ops.linear(x, weight, bias, activation="gelu_tanh", residual=residual)

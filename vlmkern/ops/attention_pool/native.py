@@ -14,7 +14,7 @@ from torch import Tensor
 from ...dispatch.extension import dtype_code, extension, extents, lacks
 from ...dispatch.targets import Target
 from ...packing import packed
-from ..linear.native import linear_or_torch, product
+from .._cpu_products import linear, product
 from .problem import AttentionPool, AttentionPoolGradient
 from .windows import find_slots, gather, pad_kind, pad_rows, scatter
 
@@ -71,16 +71,16 @@ def attention_pool(p: AttentionPool) -> Tensor:
         folded = _folded(w_q, b_q, w_kv, b_kv, w_o, b_o)
         # both products of the one head are as wide as the library likes them; the result takes the means' place
         if folded is None:
-            q = linear_or_torch(mean, w_q, _with_key_bias(b_q, b_kv, key_dim))
-            absorbed = linear_or_torch(q, w_k.T, None)
+            q = linear(mean, w_q, _with_key_bias(b_q, b_kv, key_dim))
+            absorbed = linear(q, w_k.T, None)
         else:
-            absorbed = linear_or_torch(mean, *folded[:2])
+            absorbed = linear(mean, *folded[:2])
         problem.slots(absorbed.data_ptr(), mean.data_ptr(), p.scale, threads, extents(absorbed, mean))
         if folded is not None:
-            return linear_or_torch(mean, *folded[2:]).view(*shape, len(w_o))
-        context = linear_or_torch(mean, w_v, b_v)
+            return linear(mean, *folded[2:]).view(*shape, len(w_o))
+        context = linear(mean, w_v, b_v)
     else:
-        q = linear_or_torch(mean, w_q, _with_key_bias(b_q, b_kv, len(w_q)))
+        q = linear(mean, w_q, _with_key_bias(b_q, b_kv, len(w_q)))
         context = first.new_empty((windows, len(w_v)))
         problem.context(
             q.data_ptr(),
@@ -95,7 +95,7 @@ def attention_pool(p: AttentionPool) -> Tensor:
             threads,
             extents(q, w_k, w_v, b_v, context),
         )
-    return linear_or_torch(context, w_o, b_o).view(*shape, len(w_o))
+    return linear(context, w_o, b_o).view(*shape, len(w_o))
 
 
 def _of_one_head(p: AttentionPool) -> bool:

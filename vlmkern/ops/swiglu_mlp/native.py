@@ -1,16 +1,18 @@
-"""SwiGLU on CPU: oneDNN with both halves of the gate fused into its products, or, for a few rows, the C++ kernels."""
+"""SwiGLU on CPU: two products by the routes of ops/_cpu_products.py, with the gate where the first one's route likes it
+best: fused into oneDNN's products, in the panels, or a C++ kernel between the two."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from ...dispatch import routes
 from ...dispatch.extension import dtype_code, extension, extents, lacks
 from ...dispatch.targets import Target
 from ...packing import packed
-from .. import _algebra
+from .. import _algebra, _cpu_products
 from .._algebra import as_rows
-from ..linear.native import dense, linear_or_torch, onednn_packed, product, takes_onednn
+from .._cpu_products import dense, onednn_packed
 from .problem import SwiGLU, SwiGLUGradient
 
 
@@ -24,19 +26,28 @@ supports_bwd = supports
 
 def kernel(p: SwiGLU) -> str:
     """Which of them runs."""
-    return "oneDNN, halves apart" if _takes_halves(p) else "silu_mul_fwd"
+    if _takes_halves(p):
+        return "oneDNN, halves apart"
+    route = _route(p)
+    return "panels in float32" if route == "panels" else f"{route}, silu_mul_fwd"
 
 
 def swiglu_mlp(p: SwiGLU) -> Tensor:
     """See reference.py."""
-    if not _takes_halves(p):
-        return _algebra.swiglu_mlp(*p, silu_mul=silu_mul, product=linear_or_torch)
-    hidden = _hidden(as_rows(p.x), p.w_up, p.b_up)
-    return linear_or_torch(hidden, p.w_down, p.b_down).view(*p.x.shape[:-1], len(p.w_down))
+    rows, shape = as_rows(p.x), (*p.x.shape[:-1], len(p.w_down))
+    if _takes_halves(p):
+        return _cpu_products.linear(_hidden(rows, p.w_up, p.b_up), p.w_down, p.b_down).view(shape)
+    if _route(p) == "panels" and p.w_down.numel() > 0:
+        return _cpu_products.swiglu_mlp_in_panels(rows, p.w_up, p.b_up, p.w_down, p.b_down).view(shape)
+    return _algebra.swiglu_mlp(*p, silu_mul=silu_mul, product=_cpu_products.linear)
+
+
+def _route(p: SwiGLU) -> str:
+    return _cpu_products.route(p.x.shape[:-1].numel(), p.w_up)
 
 
 def _takes_halves(p: SwiGLU) -> bool:
-    return not p.w_up.is_mkldnn and takes_onednn(as_rows(p.x), p.w_up)
+    return _route(p) == "oneDNN" and not p.w_up.is_mkldnn and "silu" in routes.epilogues()
 
 
 def _hidden(rows: Tensor, w_up: Tensor, b_up: Tensor | None) -> Tensor:
@@ -51,7 +62,7 @@ def _hidden(rows: Tensor, w_up: Tensor, b_up: Tensor | None) -> Tensor:
 
 def swiglu_mlp_bwd(p: SwiGLUGradient) -> list[Tensor]:
     """See reference.py."""
-    return _algebra.swiglu_mlp_bwd(*p, silu_mul_bwd=silu_mul_bwd, product=product)
+    return _algebra.swiglu_mlp_bwd(*p, silu_mul_bwd=silu_mul_bwd, product=_cpu_products.product)
 
 
 def silu_mul(up: Tensor) -> Tensor:
