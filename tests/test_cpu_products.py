@@ -247,7 +247,9 @@ class TestPanels:
         )
         calls = (
             lambda: native_linear.linear(Linear(x, w, None, "gelu", None)),
-            lambda: native_linear.linear_bwd(LinearGradient(grad, x, w, None, "gelu", [True, False, False, False])),
+            lambda: native_linear.linear_bwd(
+                LinearGradient(grad, x, w, None, "gelu", [True, False, False, False], None)
+            ),
             lambda: native_swiglu.swiglu_mlp(SwiGLU(x, w, down, None, None)),
         )
         for call in calls:

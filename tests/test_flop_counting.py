@@ -101,12 +101,15 @@ def test_kept_windows_count_alone():
 
 
 def test_gradients_count():
-    """Two products of each of the forward's, and what is made again: gate and value, scores, keys and queries."""
+    """Two products of each of the forward's, and what is made again: scores, keys and queries."""
     x, up, down = (torch.randn(*shape, requires_grad=True) for shape in ((5, 6), (14, 6), (4, 7)))
-    y = ops.swiglu_mlp(x, up, down)
-    assert c.count(lambda: y.sum().backward()) == 2 * 5 * (3 * up.numel() + 2 * down.numel())
-    y = ops.linear(x, up, activation="silu")
-    assert c.count(lambda: y.sum().backward()) == 2 * 5 * 3 * up.numel()
+    for again in (False, True):
+        y = ops.swiglu_mlp(x, up, down, recompute=again)
+        assert c.count(y.sum().backward) == 2 * 5 * ((2 + again) * up.numel() + 2 * down.numel())
+        y = ops.linear(x, up, activation="silu", recompute=again)
+        assert c.count(y.sum().backward) == 2 * 5 * (2 + again) * up.numel()
+    assert c.count(lambda: ops.linear(x, up, activation="silu")) == 2 * 5 * up.numel()
+    assert c.count(lambda: ops.swiglu_mlp(x, up, down)) == 2 * 5 * (up.numel() + down.numel())
     q = torch.randn(1, 9, 2, 8, requires_grad=True)
     out = ops.attention(q, q, q)
     assert c.count(lambda: out.sum().backward()) == 5 * 2 * 81 * 2 * 8

@@ -134,7 +134,15 @@ def define_with_gradient(
     def check_values_bwd(problem: Any) -> None:
         check_values(problem.forward)
 
-    op = define(name, **forward._asdict(), providers=providers, check_values=check_values)
+    op = define_differentiable(
+        name,
+        forward,
+        providers=providers,
+        setup_context=setup_context,
+        backward=backward,
+        check_values=check_values,
+        keep=keep,
+    )
     op_bwd = define(
         f"{name}_bwd",
         **gradient._asdict(),
@@ -142,10 +150,30 @@ def define_with_gradient(
         check_values=None if check_values is None else check_values_bwd,
         backward=True,
     )
-    differentiable(op, setup_context=setup_context, backward=backward)
     not_differentiable(op_bwd)
-    autocast(op, keep=keep)
     return op, op_bwd
+
+
+def define_differentiable(
+    name: str,
+    form: Form,
+    *,
+    providers: dict[str, ModuleType | Callable[[], ModuleType]],
+    setup_context: Callable[..., None],
+    backward: Callable[..., tuple[Any, ...]],
+    check_values: Check | None = None,
+    keep: Sequence[str] = (),
+) -> torch._ops.OpOverload:
+    """Defines `vlmkern::<name>`, which is differentiable once and casts under autocast; arguments as above."""
+    op = define(name, **form._asdict(), providers=providers, check_values=check_values)
+    differentiable(op, setup_context=setup_context, backward=backward)
+    autocast(op, keep=keep)
+    return op
+
+
+def differentiates(*tensors: Tensor | None) -> bool:
+    """Whether autograd follows a call with these arguments: what its gradient can use is worth keeping."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def autocast(op: torch._ops.OpOverload, *, keep: Sequence[str] = ()) -> None:
@@ -212,6 +240,8 @@ def differentiable(
 
         @staticmethod
         def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+            if all(grad is None for grad in grads):
+                return (None,) * len(ctx.needs_input_grad)
             return (None, None, None, *backward(ctx, ctx.needs_input_grad[3:], *grads))
 
         @classmethod

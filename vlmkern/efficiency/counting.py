@@ -48,7 +48,9 @@ def register_formulas() -> None:
 
     rooms = {"attention": attention, "attention_pool": attention_pool, "linear": linear, "swiglu_mlp": swiglu_mlp}
     for name, formulas in rooms.items():
-        for op_name in (name, f"{name}_bwd"):
+        for op_name in (name, f"{name}_bwd", f"{name}_keep"):
+            if not hasattr(formulas, op_name):
+                continue
             op = getattr(ops, op_name)
             register_flop_formula(op, get_raw=True)(_of_problem(known(op.default), getattr(formulas, op_name)))
 

@@ -53,16 +53,17 @@ def linear_bwd(
     bias: Tensor | None,
     activation: str,
     wanted: list[bool],
+    before: Tensor | None = None,
     *,
     product: Product = F.linear,
 ) -> list[Tensor]:
     """Gradients of `ops.linear` by (x, weight, bias, residual), those that are wanted, in this order. The layer's value
-    before the activation is recomputed, so the forward keeps nothing but its inputs."""
+    before the activation is computed again where the forward did not keep it."""
     rows, d_out = as_rows(x), as_rows(grad)
     want_x, want_weight, want_bias, want_residual = wanted
     d_linear = d_out
     if activation != "none" and (want_x or want_weight or want_bias):
-        before = product(rows, weight, bias)
+        before = product(rows, weight, bias) if before is None else before.reshape(d_out.shape)
         d_out = d_out.contiguous()  # torch's gradient of gelu refuses rows that overlap
         if activation == "silu":
             d_linear = torch.ops.aten.silu_backward(d_out, before)
@@ -92,8 +93,23 @@ def swiglu_mlp(
     product: Product = F.linear,
 ) -> Tensor:
     """The MLP as two products with `silu_mul` between them, [M, 2F] -> [M, F]."""
-    hidden = silu_mul(product(as_rows(x), w_up, b_up))
-    return product(hidden, w_down, b_down).view(*x.shape[:-1], len(w_down))
+    return swiglu_mlp_keep(x, w_up, w_down, b_up, b_down, silu_mul=silu_mul, product=product)[0]
+
+
+def swiglu_mlp_keep(
+    x: Tensor,
+    w_up: Tensor,
+    w_down: Tensor,
+    b_up: Tensor | None,
+    b_down: Tensor | None,
+    *,
+    silu_mul: Callable[[Tensor], Tensor],
+    product: Product = F.linear,
+) -> tuple[Tensor, Tensor]:
+    """The same, and the up-projection, [..., 2F]."""
+    up = product(as_rows(x), w_up, b_up)
+    y = product(silu_mul(up), w_down, b_down)
+    return y.view(*x.shape[:-1], len(w_down)), up.view(*x.shape[:-1], len(w_up))
 
 
 def swiglu_mlp_bwd(
@@ -103,18 +119,20 @@ def swiglu_mlp_bwd(
     w_down: Tensor,
     b_up: Tensor | None,
     wanted: list[bool],
+    up: Tensor | None = None,
     *,
     silu_mul_bwd: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
     product: Product = F.linear,
 ) -> list[Tensor]:
     """Gradients of `ops.swiglu_mlp` by (x, w_up, w_down, b_up, b_down), those that are wanted, in this order. The
-    up-projection is recomputed, so the forward keeps nothing but its inputs. `silu_mul_bwd` takes the gradient [M, F]
-    and the up-projection [M, 2F], and gives the gradient of the latter and the hidden values again."""
+    up-projection is computed again where the forward did not keep it. `silu_mul_bwd` takes the gradient [M, F] and the
+    up-projection [M, 2F], and gives the gradient of the latter and the hidden values again."""
     rows, d_out = as_rows(x), as_rows(grad)
     want_x, want_w_up, want_w_down, want_b_up, want_b_down = wanted
     grads: list[Tensor] = []
     if want_x or want_w_up or want_w_down or want_b_up:
-        d_up, hidden = silu_mul_bwd(product(d_out, w_down.T, None), product(rows, w_up, b_up))
+        up = product(rows, w_up, b_up) if up is None else up.reshape(len(rows), len(w_up))
+        d_up, hidden = silu_mul_bwd(product(d_out, w_down.T, None), up)
         if want_x:
             grads.append(product(d_up, w_up.T, None).view(x.shape))
         if want_w_up:

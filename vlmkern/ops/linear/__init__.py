@@ -20,6 +20,7 @@ def linear(
     *,
     activation: str = "none",
     residual: Tensor | None = None,
+    recompute: bool = False,
 ) -> Tensor:
     """`act(x @ weight.T + bias) + residual`: the projections of a transformer block with what follows them.
 
@@ -29,6 +30,8 @@ def linear(
         bias: [E] or None.
         activation: "none", "gelu_tanh" (SigLIP), "gelu" (exact) or "silu".
         residual: [..., E], of the result's shape, or None.
+        recompute: for gradients, compute what the activation was applied to again in place of keeping it, [..., E]:
+            less memory, one product more.
 
     Returns:
         [..., E], dense, dtype of `x`.
@@ -37,7 +40,10 @@ def linear(
         ValueError: shapes that do not fit together, an unknown activation, or tensors on different devices.
         TypeError: dtypes that differ from that of `x`, or are not floating point.
     """
-    return _op(x, weight, bias, activation, residual, choice.requested())
+    args = (x, weight, bias, activation, residual, choice.requested())
+    if activation != "none" and not recompute and library.differentiates(x, weight, bias):
+        return _op_keep(*args)[0]
+    return _op(*args)
 
 
 def _check(p: Linear) -> None:
@@ -63,10 +69,17 @@ def _check_bwd(p: LinearGradient) -> None:
     checks.shape("grad", p.grad, (*p.x.shape[:-1], p.weight.shape[0]), "[..., E] like the result")
     checks.like("grad", p.grad, "x", p.x)
     checks.wanted(p.wanted, 4)
+    if p.before is not None:
+        checks.shape("before", p.before, p.grad.shape, "[..., E] like the result")
+        checks.like("before", p.before, "x", p.x)
 
 
 def _fake(p: Linear) -> Tensor:
     return p.x.new_empty((*p.x.shape[:-1], p.weight.shape[0]))
+
+
+def _fake_keep(p: Linear) -> tuple[Tensor, Tensor]:
+    return _fake(p), _fake(p)
 
 
 def _fake_bwd(p: LinearGradient) -> list[Tensor]:
@@ -76,13 +89,21 @@ def _fake_bwd(p: LinearGradient) -> list[Tensor]:
 
 def _setup_context(ctx: Any, p: Linear, output: Tensor) -> None:
     ctx.activation = p.activation
-    ctx.save_for_backward(p.x, p.weight, p.bias)
+    ctx.save_for_backward(p.x, p.weight, p.bias, None)
 
 
-def _backward(ctx: Any, needed: tuple[bool, ...], grad: Tensor) -> tuple[Tensor | None, ...]:
+def _setup_context_keep(ctx: Any, p: Linear, output: tuple[Tensor, Tensor]) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(output[1])
+    ctx.activation = p.activation
+    ctx.save_for_backward(p.x, p.weight, p.bias, output[1])
+
+
+def _backward(ctx: Any, needed: tuple[bool, ...], grad: Tensor, *of_kept: None) -> tuple[Tensor | None, ...]:
     of_x, of_weight, of_bias, _, of_residual = needed
     wanted = [of_x, of_weight, of_bias, of_residual]
-    grads = iter(_op_bwd(grad, *ctx.saved_tensors, ctx.activation, wanted, ctx.backend))
+    *inputs, before = ctx.saved_tensors
+    grads = iter(_op_bwd(grad, *inputs, ctx.activation, wanted, before, ctx.backend))
     d_x, d_weight, d_bias, d_residual = (next(grads) if want else None for want in wanted)
     return d_x, d_weight, d_bias, None, d_residual
 
@@ -93,11 +114,20 @@ def _triton() -> ModuleType:
     return triton
 
 
+_PROVIDERS = {"reference": reference, "native": native, "triton": _triton}
 _op, _op_bwd = library.define_with_gradient(
     "linear",
     library.Form(Linear, "Tensor", _check, _fake),
     library.Form(LinearGradient, "Tensor[]", _check_bwd, _fake_bwd),
-    providers={"reference": reference, "native": native, "triton": _triton},
+    providers=_PROVIDERS,
     setup_context=_setup_context,
+    backward=_backward,
+)
+# the same, and what its gradient would compute again
+_op_keep = library.define_differentiable(
+    "linear_keep",
+    library.Form(Linear, "(Tensor, Tensor)", _check, _fake_keep),
+    providers=_PROVIDERS,
+    setup_context=_setup_context_keep,
     backward=_backward,
 )

@@ -10,8 +10,11 @@ def linear(p: Linear) -> int:
     return 2 * p.x.shape[:-1].numel() * p.weight.numel()
 
 
+linear_keep = linear
+
+
 def linear_bwd(p: LinearGradient) -> int:
-    """The product again where an activation follows it, then what is wanted."""
+    """The product again where an activation follows it that it was not kept for, then what is wanted."""
     of_x, of_weight, of_bias, _ = p.wanted
-    again = p.activation != "none" and (of_x or of_weight or of_bias)
+    again = p.activation != "none" and p.before is None and (of_x or of_weight or of_bias)
     return 2 * p.x.shape[:-1].numel() * p.weight.numel() * (again + of_x + of_weight)

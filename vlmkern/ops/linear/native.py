@@ -7,7 +7,7 @@ from torch import Tensor
 from ...dispatch.extension import lacks
 from ...dispatch.targets import Target
 from .. import _algebra, _cpu_products
-from .._algebra import as_rows
+from .._algebra import activate, as_rows
 from .problem import Linear, LinearGradient
 
 _KERNELS = {"few_rows": "linear_few_rows", "panels": "panels in float32"}
@@ -34,6 +34,13 @@ def linear(p: Linear) -> Tensor:
     x, weight, bias, activation, residual = p
     residual = None if residual is None else as_rows(residual)
     return _cpu_products.linear(as_rows(x), weight, bias, activation, residual).view(*x.shape[:-1], len(weight))
+
+
+def linear_keep(p: Linear) -> tuple[Tensor, Tensor]:
+    """See reference.py."""
+    before = linear(p._replace(activation="none", residual=None))
+    y = before.clone() if p.activation == "none" else activate(before, p.activation)
+    return y if p.residual is None else y.add_(p.residual), before
 
 
 def linear_bwd(p: LinearGradient) -> list[Tensor]:

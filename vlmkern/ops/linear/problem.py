@@ -36,6 +36,7 @@ class LinearGradient(NamedTuple):
     bias: Tensor | None
     activation: str
     wanted: list[bool]
+    before: Tensor | None  # [..., E], what the activation was applied to, if it was kept
 
     @property
     def forward(self) -> Linear:

@@ -39,13 +39,27 @@ def linear(p: Linear) -> Tensor:
     return y.view(*x.shape[:-1], outputs)
 
 
+def linear_keep(p: Linear) -> tuple[Tensor, Tensor]:
+    """See reference.py."""
+    x, weight, bias, activation, residual = p
+    before = F.linear(x, weight, bias)
+    if before.numel() == 0:
+        return activate(before.clone(), activation), before
+    others = None if residual is None else as_rows(residual)
+    return kernels.finish_(as_rows(before).clone(), None, activation, others).view(before.shape), before
+
+
 def linear_bwd(p: LinearGradient) -> list[Tensor]:
     """See reference.py."""
-    grad, x, weight, bias, activation, wanted = p
+    grad, x, weight, bias, activation, wanted, before = p
     if activation == "none" or not any(wanted[:3]) or grad.numel() == 0:
         return _algebra.linear_bwd(*p)
-    d_out, before = as_rows(grad), F.linear(as_rows(x), weight)
-    d_linear = kernels.activation_bwd_(d_out, before, bias, activation)
+    d_out = as_rows(grad)
+    if before is None:
+        d_linear = kernels.activation_bwd_(d_out, F.linear(as_rows(x), weight), bias, activation)
+    else:
+        # a copy: what is kept belongs to autograd
+        d_linear = kernels.activation_bwd_(d_out, as_rows(before).clone(), None, activation)
     grads = _algebra.linear_bwd(d_linear, x, weight, bias, "none", [*wanted[:3], False])
     if wanted[3]:
         # a copy: an op's result must not share memory with its arguments

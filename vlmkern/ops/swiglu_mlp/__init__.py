@@ -13,7 +13,13 @@ from .problem import SwiGLU, SwiGLUGradient
 
 
 def swiglu_mlp(
-    x: Tensor, w_up: Tensor, w_down: Tensor, *, b_up: Tensor | None = None, b_down: Tensor | None = None
+    x: Tensor,
+    w_up: Tensor,
+    w_down: Tensor,
+    *,
+    b_up: Tensor | None = None,
+    b_down: Tensor | None = None,
+    recompute: bool = False,
 ) -> Tensor:
     """SwiGLU MLP with one fused up-projection: `(silu(gate) * value) @ w_down.T + b_down`, where
     `[value | gate] = x @ w_up.T + b_up`.
@@ -24,6 +30,8 @@ def swiglu_mlp(
         w_down: [E, F].
         b_up: [2F] or None.
         b_down: [E] or None.
+        recompute: for gradients, compute the up-projection again in place of keeping it, [..., 2F]: less memory, one
+            product more.
 
     Returns:
         [..., E], dense, dtype of `x`.
@@ -34,7 +42,10 @@ def swiglu_mlp(
 
     Source: Shazeer, "GLU Variants Improve Transformer" (2020), eq. 6; jina-vlm eq. 4 (projector).
     """
-    return _op(x, w_up, w_down, b_up, b_down, choice.requested())
+    args = (x, w_up, w_down, b_up, b_down, choice.requested())
+    if not recompute and library.differentiates(x, w_up, w_down, b_up):
+        return _op_keep(*args)[0]
+    return _op(*args)
 
 
 def _check(p: SwiGLU) -> None:
@@ -67,10 +78,17 @@ def _check_bwd(p: SwiGLUGradient) -> None:
     checks.shape("grad", p.grad, (*p.x.shape[:-1], p.w_down.shape[0]), "[..., E] like the result")
     checks.like("grad", p.grad, "x", p.x)
     checks.wanted(p.wanted, 5)
+    if p.up is not None:
+        checks.shape("up", p.up, (*p.x.shape[:-1], p.w_up.shape[0]), "[..., 2F]")
+        checks.like("up", p.up, "x", p.x)
 
 
 def _fake(p: SwiGLU) -> Tensor:
     return p.x.new_empty((*p.x.shape[:-1], p.w_down.shape[0]))
+
+
+def _fake_keep(p: SwiGLU) -> tuple[Tensor, Tensor]:
+    return _fake(p), p.x.new_empty((*p.x.shape[:-1], p.w_up.shape[0]))
 
 
 def _fake_bwd(p: SwiGLUGradient) -> list[Tensor]:
@@ -79,12 +97,19 @@ def _fake_bwd(p: SwiGLUGradient) -> list[Tensor]:
 
 
 def _setup_context(ctx: Any, p: SwiGLU, output: Tensor) -> None:
-    ctx.save_for_backward(p.x, p.w_up, p.w_down, p.b_up)
+    ctx.save_for_backward(p.x, p.w_up, p.w_down, p.b_up, None)
 
 
-def _backward(ctx: Any, needed: tuple[bool, ...], grad: Tensor) -> tuple[Tensor | None, ...]:
+def _setup_context_keep(ctx: Any, p: SwiGLU, output: tuple[Tensor, Tensor]) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(p.x, p.w_up, p.w_down, p.b_up, output[1])
+
+
+def _backward(ctx: Any, needed: tuple[bool, ...], grad: Tensor, *of_kept: None) -> tuple[Tensor | None, ...]:
     wanted = list(needed)
-    grads = iter(_op_bwd(grad, *ctx.saved_tensors, wanted, ctx.backend))
+    *inputs, up = ctx.saved_tensors
+    grads = iter(_op_bwd(grad, *inputs, wanted, up, ctx.backend))
     return tuple(next(grads) if want else None for want in wanted)
 
 
@@ -94,11 +119,20 @@ def _triton() -> ModuleType:
     return triton
 
 
+_PROVIDERS = {"reference": reference, "native": native, "triton": _triton}
 _op, _op_bwd = library.define_with_gradient(
     "swiglu_mlp",
     library.Form(SwiGLU, "Tensor", _check, _fake),
     library.Form(SwiGLUGradient, "Tensor[]", _check_bwd, _fake_bwd),
-    providers={"reference": reference, "native": native, "triton": _triton},
+    providers=_PROVIDERS,
     setup_context=_setup_context,
+    backward=_backward,
+)
+# the same, and what its gradient would compute again
+_op_keep = library.define_differentiable(
+    "swiglu_mlp_keep",
+    library.Form(SwiGLU, "(Tensor, Tensor)", _check, _fake_keep),
+    providers=_PROVIDERS,
+    setup_context=_setup_context_keep,
     backward=_backward,
 )

@@ -60,6 +60,11 @@ def _hidden(rows: Tensor, w_up: Tensor, b_up: Tensor | None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise.binary(rows, activated, value, b_value, "mul")
 
 
+def swiglu_mlp_keep(p: SwiGLU) -> tuple[Tensor, Tensor]:
+    """See reference.py."""
+    return _algebra.swiglu_mlp_keep(*p, silu_mul=silu_mul, product=_cpu_products.linear)
+
+
 def swiglu_mlp_bwd(p: SwiGLUGradient) -> list[Tensor]:
     """See reference.py."""
     return _algebra.swiglu_mlp_bwd(*p, silu_mul_bwd=silu_mul_bwd, product=_cpu_products.product)

@@ -33,6 +33,7 @@ class SwiGLUGradient(NamedTuple):
     w_down: Tensor
     b_up: Tensor | None
     wanted: list[bool]
+    up: Tensor | None  # [..., 2F], the up-projection, if it was kept
 
     @property
     def forward(self) -> SwiGLU:

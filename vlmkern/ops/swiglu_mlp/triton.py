@@ -34,6 +34,11 @@ def swiglu_mlp(p: SwiGLU) -> Tensor:
     return F.linear(hidden, p.w_down, p.b_down).view(*p.x.shape[:-1], len(p.w_down))
 
 
+def swiglu_mlp_keep(p: SwiGLU) -> tuple[Tensor, Tensor]:
+    """See reference.py."""
+    return _algebra.swiglu_mlp_keep(*p, silu_mul=kernels.silu_mul)
+
+
 def swiglu_mlp_bwd(p: SwiGLUGradient) -> list[Tensor]:
     """See reference.py."""
     return _algebra.swiglu_mlp_bwd(*p, silu_mul_bwd=kernels.silu_mul_bwd)
