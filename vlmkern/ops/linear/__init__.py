@@ -24,6 +24,11 @@ def linear(
 ) -> Tensor:
     """`act(x @ weight.T + bias) + residual`: the projections of a transformer block with what follows them.
 
+    On CPU float32 has the precision that torch gives it: float32's at the default and at
+    `torch.set_float32_matmul_precision("high")` (errors of 1.4e-6 of the largest value at 1,152 channels), at "medium"
+    bfloat16's on CPUs with AMX (1e-3), and float32's on others. 16-bit types are summed up in float32 and rounded once
+    where there is no epilogue but the bias, or where the CPU has no instructions for them.
+
     Args:
         x: [..., C], any strides. float32, bfloat16, float16 or float64.
         weight: [E, C].
