@@ -55,6 +55,7 @@ def define(
     providers: dict[str, ModuleType | Callable[[], ModuleType]],
     check_values: Check | None = None,
     backward: bool = False,
+    keeps: bool = False,
 ) -> torch._ops.OpOverload:
     """Defines `vlmkern::<name>` for all devices and returns its overload.
 
@@ -68,12 +69,13 @@ def define(
         check_values: problem -> None; raises on wrong values inside index tensors. Runs on CPU tensors, and on others
             when VLMKERN_CHECK=1, because reading values stalls a GPU.
         backward: the op computes gradients, on the backend that it is told whatever is in force.
+        keeps: the op is another one that also gives what its gradient takes.
     """
     # NamedTuple has annotations that are strings wrapped
     kinds = {field: getattr(kind, "__forward_arg__", kind) for field, kind in problem.__annotations__.items()}
     arguments = ", ".join(f"{_TYPES[kind]} {field}" for field, kind in kinds.items())
     library.define(f'{name}({arguments}, str backend="") -> {returns}', tags=(torch.Tag.pt2_compliant_tag,))
-    known = dispatch.Op(name, problem, fake, providers, backward)
+    known = dispatch.Op(name, problem, fake, providers, backward, keeps)
     dispatch.register(known)
     op = getattr(registered, name).default
     count = len(problem._fields)
@@ -163,9 +165,10 @@ def define_differentiable(
     backward: Callable[..., tuple[Any, ...]],
     check_values: Check | None = None,
     keep: Sequence[str] = (),
+    keeps: bool = False,
 ) -> torch._ops.OpOverload:
     """Defines `vlmkern::<name>`, which is differentiable once and casts under autocast; arguments as above."""
-    op = define(name, **form._asdict(), providers=providers, check_values=check_values)
+    op = define(name, **form._asdict(), providers=providers, check_values=check_values, keeps=keeps)
     differentiable(op, setup_context=setup_context, backward=backward)
     autocast(op, keep=keep)
     return op

@@ -46,6 +46,7 @@ class Op:
         fake: problem -> results of the right shapes and dtypes.
         providers: backend -> its module, or what gives it, if importing it is left to the first call.
         backward: whether it computes gradients.
+        keeps: whether it is another op that also gives what its gradient takes; lists leave it out.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Op:
     fake: Callable[[Any], Any]
     providers: dict[str, ModuleType | Callable[[], ModuleType]]
     backward: bool
+    keeps: bool = False
     # by type of device, when first asked
     routes: dict[str, Route] = field(default_factory=dict, compare=False, repr=False)
 
@@ -116,7 +118,7 @@ def all_ops() -> list[Op]:
 
 def ops_of(backend: str) -> list[str]:
     """The ops that a backend has kernels for, by name."""
-    return sorted(name for name, op in _ops.items() if backend in op.providers)
+    return sorted(name for name, op in _ops.items() if backend in op.providers and not op.keeps)
 
 
 @functools.cache

@@ -20,7 +20,7 @@ def rows() -> list[dict[str, Any]]:
     """
     found = []
     for op in providers.all_ops():
-        if op.backward:
+        if op.backward or op.keeps:
             continue
         for backend, target in [("native", targets.of_isa(isa)) for isa in _isas()] + [("triton", Target("cuda"))]:
             if backend not in op.providers or (backend == "triton" and availability.triton_version() is None):

@@ -135,4 +135,5 @@ _op_keep = library.define_differentiable(
     providers=_PROVIDERS,
     setup_context=_setup_context_keep,
     backward=_backward,
+    keeps=True,
 )
