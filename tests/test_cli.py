@@ -95,6 +95,9 @@ def test_info(capsys):
     )
     status, out, _ = run(capsys, "info")
     assert status == 0 and "reference" in out
+    if report["native"]["available"]:
+        assert set(report["native"]["routes"]) == {"float32", "bfloat16", "float16"}
+        assert "products as on" in out and report["native"]["family"].split(",")[0] in out
 
 
 def test_info_of_ops(capsys):
@@ -105,7 +108,9 @@ def test_info_of_ops(capsys):
         row["isa"]: row["bfloat16"] for row in report["ops"] if (row["op"], row["backend"]) == ("linear", "native")
     }
     if vlmkern.backends()["native"]["available"]:
-        assert of_linear["avx512"] is None and "oneDNN" in of_linear["avx2"]
+        assert of_linear["avx512"] is None and of_linear["avx2"] is None
+        (no_float64,) = {row["float64"] for row in report["ops"] if (row["op"], row["backend"]) == ("linear", "native")}
+        assert no_float64 == "it has no kernel for torch.float64"
     status, out, _ = run(capsys, "info", "--ops")
     assert status == 0 and all(row["op"] in out for row in report["ops"])
 

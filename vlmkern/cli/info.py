@@ -66,6 +66,8 @@ def _details(name: str, entry: dict[str, Any]) -> str:
     parts = [entry["reason"]] if "reason" in entry else []
     if name == "native" and entry["available"]:
         parts.append(f"{entry['isa']} in use; usable: {', '.join(entry['isas'])}; {entry['threads']} threads")
+        by_route = (f"{dtype} {route}" for dtype, route in entry["routes"].items())
+        parts.append(f"products as on {entry['family']}: {', '.join(by_route)}")
         if "amx_bf16" in entry["features"] and "amx" not in entry["isas"]:
             parts.append("the CPU has AMX, but this build has no kernels for it or the system refuses its registers")
     if name == "triton" and entry["interpreter"]:

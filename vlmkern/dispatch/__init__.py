@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from . import availability, extension
+from . import availability, extension, routes
 from .choice import use_backend
 from .errors import BackendFallbackWarning, BackendUnavailable
 from .providers import explain, ops_of
@@ -20,7 +20,8 @@ def backends() -> dict[str, dict[str, Any]]:
     """What can run here: one dict per backend with `available` and, where it is not, `reason`.
 
     "native" adds `isa` (in use), `isas` (usable), `emulated_isas` (of builds for tests), the CPU's `vendor` and
-    `features`, and `threads`; "triton" adds `version` and `interpreter`; each lists the `ops` it has kernels for.
+    `features`, its `family` and that one's `routes` of matrix products, and `threads`; "triton" adds `version` and
+    `interpreter`; each lists the `ops` it has kernels for.
     """
     report: dict[str, dict[str, Any]] = {}
     for name in availability.BACKENDS[1:]:
@@ -28,5 +29,7 @@ def backends() -> dict[str, dict[str, Any]]:
         report[name] = {"available": reason is None, **({} if reason is None else {"reason": reason})}
         report[name]["ops"] = ops_of(name)
     report["native"] |= extension.describe()
+    if report["native"]["available"]:
+        report["native"] |= routes.describe()
     report["triton"] |= {"version": availability.triton_version(), "interpreter": availability.interpreting()}
     return report

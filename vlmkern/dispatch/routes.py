@@ -10,7 +10,7 @@ A route is one of
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -128,6 +128,15 @@ def of_product(dtype: torch.dtype, target: Target) -> str:
 def here(dtype: torch.dtype) -> str:
     """`of_product` on this machine."""
     return of_product(dtype, of_device("cpu"))
+
+
+def describe() -> dict[str, Any]:
+    """The family of this machine's CPU and its routes of many rows by dtype, for `vlmkern.backends()`."""
+    dtypes = (torch.float32, torch.bfloat16, torch.float16)
+    return {
+        "family": family(of_device("cpu")).name,
+        "routes": {str(dtype).removeprefix("torch."): here(dtype) for dtype in dtypes},
+    }
 
 
 @functools.cache
