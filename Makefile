@@ -26,15 +26,17 @@ test: setup
 # the op tests for each instruction set that the CPU has; those below AVX512_BF16 as on CPUs where torch has no bfloat16
 # products either, the last with a cache of its own: torch 2.13 loads what it compiled for one vector width for another, and
 # corrupts memory; and attention by AMX's kernels on plain C++
+AS_AVX512 := VLMKERN_CPU_ISA=avx512 ONEDNN_MAX_CPU_ISA=AVX512_CORE
+AS_AVX2 := VLMKERN_CPU_ISA=avx2 ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 \
+  TORCHINDUCTOR_CACHE_DIR=$(abspath build/inductor_avx2)
 OP_TESTS := tests/ops $(foreach name,cpu_products packing native_properties fuzz,tests/test_$(name).py)
 test-isas: setup
 	set -e; \
 	run() { echo "== $$*"; env "$$@"; }; \
 	for isa in $$($(BIN)/python -c "import vlmkern; n = vlmkern.backends()['native']; print(*(i for i in n['isas'] if i != n['isa']))"); do \
 	  case $$isa in \
-	    avx512) run VLMKERN_CPU_ISA=avx512 ONEDNN_MAX_CPU_ISA=AVX512_CORE $(BIN)/python -m pytest -q $(OP_TESTS);; \
-	    avx2) run VLMKERN_CPU_ISA=avx2 ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 \
-	      TORCHINDUCTOR_CACHE_DIR=$(abspath build/inductor_avx2) $(BIN)/python -m pytest -q $(OP_TESTS);; \
+	    avx512) run $(AS_AVX512) $(BIN)/python -m pytest -q $(OP_TESTS);; \
+	    avx2) run $(AS_AVX2) $(BIN)/python -m pytest -q $(OP_TESTS);; \
 	    *) run VLMKERN_CPU_ISA=$$isa $(BIN)/python -m pytest -q $(OP_TESTS);; \
 	  esac; done; \
 	run VLMKERN_CPU_ISA=amx_emulated $(BIN)/python -m pytest -q tests/ops/attention tests/test_native_properties.py
@@ -69,11 +71,12 @@ SEED ?= 0
 fuzz: setup
 	$(BIN)/python -m tests.fuzz --cases $(N) --seed $(SEED) $(if $(OP),--op $(OP)) $(if $(ISA),--isa '$(ISA)')
 
+# make bench [AS=AVX2] [ONLY=expression]: as on a CPU of AVX2, or of AVX512 without bfloat16; cases as by pytest's -k
 bench: setup
 	mkdir -p bench/out
-	$(BIN)/python -m pytest bench --benchmark-only --benchmark-json=bench/out/latest.json --quiet
+	$(AS_$(AS)) $(BIN)/python -m pytest bench --benchmark-only --benchmark-json=bench/out/latest.json --quiet $(if $(ONLY),-k '$(ONLY)')
 	$(BIN)/python bench/report.py bench/out/latest.json
-	$(BIN)/python bench/rule.py bench/out/latest.json
+	$(AS_$(AS)) $(BIN)/python bench/rule.py bench/out/latest.json
 
 # keeps the last `make bench` as bench/results/<cpu>-<date>.json and makes the documents' tables from all of them
 bench-save: setup

@@ -35,8 +35,12 @@ _CPUS = (
 )
 
 
-def cpu(info: dict[str, Any], isa: str) -> tuple[str, str]:
-    """A short name for files and one to read, of what py-cpuinfo says of a processor and the instructions in use."""
+def cpu(info: dict[str, Any], isa: str, held_to: str = "") -> tuple[str, str]:
+    """A short name for files and one to read, of what py-cpuinfo says of a processor, the instructions in use, and what
+    oneDNN is held to."""
+    if held_to:
+        short, name = cpu(info, isa)
+        return f"{short}-held", f"{name} (oneDNN held to {held_to})"
     for vendor, family, models, short, name in _CPUS:
         if info.get("vendor_id_raw") == vendor and info.get("family") == family and info.get("model") in models:
             return f"{short}-{isa}", f"{name}, {isa}"
@@ -48,7 +52,7 @@ def cpu(info: dict[str, Any], isa: str) -> tuple[str, str]:
 def summary(saved: dict[str, Any]) -> dict[str, Any]:
     """A run's rows, from what pytest-benchmark saved of it."""
     machine = saved["machine_info"]
-    short, name = cpu(machine["cpu"], machine["isa"])
+    short, name = cpu(machine["cpu"], machine["isa"], machine.get("held_to", ""))
     groups: dict[str, dict[str, dict[str, Any]]] = defaultdict(dict)
     for case in saved["benchmarks"]:
         groups[case["group"]][case["extra_info"]["provider"]] = case

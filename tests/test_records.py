@@ -47,6 +47,7 @@ def test_a_row_compares_with_what_is_comparable():
 def test_cpus_are_named():
     known = {"vendor_id_raw": "GenuineIntel", "family": 6, "model": 0x8F}
     assert records.cpu(known, "avx512")[0] == "intel-sapphire-rapids-avx512"
+    assert records.cpu(known, "avx2", "avx2")[1] == "Intel Sapphire Rapids, avx2 (oneDNN held to avx2)"
     assert records.cpu({"brand_raw": "Some CPU @ 3 GHz"}, "avx2") == ("some-cpu-3-ghz-avx2", "Some CPU @ 3 GHz, avx2")
 
 
