@@ -10,6 +10,7 @@ import contextlib
 import importlib
 import io
 import logging
+import os
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -40,6 +41,8 @@ def peer(name: str, module: nn.Module, x: Tensor) -> Callable[[], Tensor]:
 
 
 def _unfit(name: str, dtype: torch.dtype) -> str | None:
+    if os.environ.get("ONEDNN_MAX_CPU_ISA"):
+        return "what torch is held to does not hold it"
     if name == "onnxruntime" and dtype != torch.float32:
         return f"its CPU provider has no products of {dtype}"
     if name == "zentorch" and vlmkern.backends()["native"].get("vendor") != "AuthenticAMD":
