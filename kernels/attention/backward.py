@@ -13,7 +13,7 @@ FLOPs: 14 * N^2 * D an image and head, two of the seven products being made in b
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -21,28 +21,17 @@ import triton.language as tl
 from torch import Tensor
 
 from .._launch import Config, Kernel, Launch, start
-from ..blocks.rows import Columns, Rows, load_rows, store_rows, stream_rows, zero_rows
-from ..blocks.segments import Segments, clear_gaps, segment
-from .heads import Dense, Head, dense_rows, dense_stream, head_rows, head_stream, statistics, strides_of
+from ..blocks import constants, operands
+from ..blocks.rows import load_rows, store_rows, stream_rows, zero_rows
+from ..blocks.segments import clear_gaps, segment
+from .heads import dense_rows, dense_stream, head_rows, head_stream, statistics, strides_of
 from .plan import PER_CALL, WIDE_CANDIDATES, fused_qkv, plan
-
-_LOG2_E = tl.constexpr(1.4426950408889634)
-_LN_2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
 def _probabilities(b_logarithm):
     # none is above one: a log-sum-exp that was rounded must not make them overflow, nor hide NaN
     return tl.exp2(tl.minimum(b_logarithm, 0.0, propagate_nan=tl.PropagateNan.ALL))
-
-
-class Queries(NamedTuple):
-    """A block of queries: themselves, the gradient by their results, log-sum-exp in base 2, and delta."""
-
-    b_q: Any
-    b_do: Any
-    b_lse: Any
-    b_delta: Any
 
 
 @triton.jit
@@ -58,23 +47,24 @@ def _by_query(
     NEGATED: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """The gradient by q with what one block of keys adds."""
+    """The gradient by q with what one block of keys adds, of queries (q, grad, lse in base 2, delta)."""
+    b_q, b_do, b_lse, b_delta = queries
     b_k = stream_rows(k_rows, i_key, COLUMNS, BLOCK_N, MASKED)
     b_v = stream_rows(v_rows, i_key, COLUMNS, BLOCK_N, MASKED)
     b_s, b_dp = None, None
     for i in tl.static_range(len(b_k)):
-        b_s = tl.dot(queries.b_q[i], b_k[i].T, b_s, input_precision="ieee")  # [BM, BN]
-        b_dp = tl.dot(queries.b_do[i], b_v[i].T, b_dp, input_precision="ieee")  # [BM, BN]
+        b_s = tl.dot(b_q[i], b_k[i].T, b_s, input_precision="ieee")  # [BM, BN]
+        b_dp = tl.dot(b_do[i], b_v[i].T, b_dp, input_precision="ieee")  # [BM, BN]
     if NEGATED:
         b_s = -b_s
-    b_p = _probabilities(b_s * scale - queries.b_lse[:, None])
+    b_p = _probabilities(b_s * scale - b_lse[:, None])
     if MASKED:
         b_p = tl.where((i_key + tl.arange(0, BLOCK_N))[None, :] < k_rows.count, b_p, 0.0)
-    b_ds = (b_p * (b_dp - queries.b_delta[:, None])).to(b_k[0].dtype)
-    b_sum = ()
+    b_ds = (b_p * (b_dp - b_delta[:, None])).to(b_k[0].dtype)
+    b_new_dq = ()
     for i in tl.static_range(len(b_k)):
-        b_sum += (tl.dot(b_ds, b_k[i], b_dq[i], input_precision="ieee"),)
-    return b_sum
+        b_new_dq += (tl.dot(b_ds, b_k[i], b_dq[i], input_precision="ieee"),)
+    return b_new_dq
 
 
 @triton.jit(do_not_specialize=PER_CALL)
@@ -116,9 +106,9 @@ def attention_bwd_dq_kernel(
 ):
     """grad and out (dense), q, k, v, lse -> dq, dense, and delta, shaped like lse. Grid, strides, k and v as the
     forward's."""
-    COLUMNS: tl.constexpr = Columns(D, LO, HI, TMA)
-    segments = Segments(p_cu_seqlens, tokens, longest)
-    dense = Dense(tokens, heads, heads * D)
+    COLUMNS: tl.constexpr = operands.Columns(D, LO, HI, TMA)
+    segments = operands.Segments(p_cu_seqlens, tokens, longest)
+    dense = operands.Dense(tokens, heads, heads * D)
     q_strides = strides_of(stride_qb, stride_q, stride_qh, UNIT)
     k_strides = strides_of(stride_kb, stride_k, stride_kh, UNIT)
     v_strides = strides_of(stride_vb, stride_v, stride_vh, UNIT)
@@ -129,13 +119,13 @@ def attention_bwd_dq_kernel(
     i_batch = i_program // blocks // heads
     if PACKED:
         is_last = i_program + blocks * heads >= tl.num_programs(0)
-        dq_rows = Rows(p_dq + i_head * D, dense.stride, tokens)
+        dq_rows = operands.Rows(p_dq + i_head * D, dense.stride, tokens)
         clear_gaps(dq_rows, None, segments, i_batch, i_block, blocks, is_last, COLUMNS)
     start, keys = segment(segments, i_batch, PACKED)
     i_query = i_block * BLOCK_M
     if i_query >= keys:
         return
-    head = Head(i_batch, i_head, start, keys)
+    head = operands.Head(i_batch, i_head, start, keys)
     b_q = load_rows(head_rows(p_q, q_strides, head, i_query), COLUMNS, BLOCK_M)
     b_do = load_rows(dense_rows(p_grad, dense, head, i_query, D, PACKED), COLUMNS, BLOCK_M)
     b_out = load_rows(dense_rows(p_out, dense, head, i_query, D, PACKED), COLUMNS, BLOCK_M)
@@ -144,10 +134,10 @@ def attention_bwd_dq_kernel(
         b_delta += tl.sum(b_do[i].to(tl.float32) * b_out[i].to(tl.float32), 1)
     o_row = tl.arange(0, BLOCK_M)
     m_row = o_row < keys - i_query
-    b_lse = tl.load(statistics(p_lse, dense, head, i_query, PACKED) + o_row, mask=m_row, other=0) * _LOG2_E
+    b_lse = tl.load(statistics(p_lse, dense, head, i_query, PACKED) + o_row, mask=m_row, other=0) * constants.LOG2_E
     tl.store(statistics(p_delta, dense, head, i_query, PACKED) + o_row, b_delta, mask=m_row)
 
-    queries = Queries(b_q, b_do, b_lse, b_delta)
+    queries = (b_q, b_do, b_lse, b_delta)
     b_dq = zero_rows(COLUMNS, BLOCK_M)
     k_rows = head_stream(k, k_hi, k_strides, head, TMA)
     v_rows = head_stream(v, v_hi, v_strides, head, TMA)
@@ -157,25 +147,9 @@ def attention_bwd_dq_kernel(
         b_dq = _by_query(b_dq, queries, k_rows, v_rows, i_key, scale, COLUMNS, BLOCK_N, NEGATED, False)
     for i_tail in tl.range(whole, keys, BLOCK_N, num_stages=1 if SPLIT_TAIL else None):
         b_dq = _by_query(b_dq, queries, k_rows, v_rows, i_tail, scale, COLUMNS, BLOCK_N, NEGATED, True)
-    factor = (-scale if NEGATED else scale) * _LN_2
+    factor = (-scale if NEGATED else scale) * constants.LN_2
     dq_rows = dense_rows(p_dq, dense, head, i_query, D, PACKED)
     store_rows(dq_rows, [b * factor for b in b_dq], COLUMNS, BLOCK_M)
-
-
-class Gradients(NamedTuple):
-    """By a block of keys and their values."""
-
-    b_dk: Any
-    b_dv: Any
-
-
-class QueryRows(NamedTuple):
-    """All queries of a head, the gradient by their results, log-sum-exp, and delta."""
-
-    q: Any
-    grad: Any
-    p_lse: Any
-    p_delta: Any
 
 
 @triton.jit
@@ -191,13 +165,15 @@ def _by_key(
     NEGATED: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """The gradients by k and v with what one block of queries adds."""
+    """The gradients by k and v with what one block of queries adds, of streams of q and grad, and lse and delta."""
+    b_dk, b_dv = gradients
+    q_rows, grad_rows, p_lse, p_delta = queries
     o_row = i_query + tl.arange(0, BLOCK_M)
     # exp2(-inf) = 0: queries beyond the last count for nothing
-    b_lse = tl.load(queries.p_lse + o_row, mask=o_row < queries.q.count, other=float("inf")) * _LOG2_E
-    b_delta = tl.load(queries.p_delta + o_row, mask=o_row < queries.q.count, other=0)
-    b_q = stream_rows(queries.q, i_query, COLUMNS, BLOCK_M, MASKED)
-    b_do = stream_rows(queries.grad, i_query, COLUMNS, BLOCK_M, MASKED)
+    b_lse = tl.load(p_lse + o_row, mask=o_row < q_rows.count, other=float("inf")) * constants.LOG2_E
+    b_delta = tl.load(p_delta + o_row, mask=o_row < q_rows.count, other=0)
+    b_q = stream_rows(q_rows, i_query, COLUMNS, BLOCK_M, MASKED)
+    b_do = stream_rows(grad_rows, i_query, COLUMNS, BLOCK_M, MASKED)
     b_s, b_dp = None, None
     for i in tl.static_range(len(b_q)):
         b_s = tl.dot(b_k[i], b_q[i].T, b_s, input_precision="ieee")  # [BN, BM]
@@ -207,11 +183,11 @@ def _by_key(
     b_p = _probabilities(b_s * scale - b_lse[None, :])
     b_ds = (b_p * (b_dp - b_delta[None, :])).to(b_q[0].dtype)
     b_p = b_p.to(b_q[0].dtype)
-    b_dk, b_dv = (), ()
+    b_new_dk, b_new_dv = (), ()
     for i in tl.static_range(len(b_q)):
-        b_dv += (tl.dot(b_p, b_do[i], gradients.b_dv[i], input_precision="ieee"),)
-        b_dk += (tl.dot(b_ds, b_q[i], gradients.b_dk[i], input_precision="ieee"),)
-    return Gradients(b_dk, b_dv)
+        b_new_dv += (tl.dot(b_p, b_do[i], b_dv[i], input_precision="ieee"),)
+        b_new_dk += (tl.dot(b_ds, b_q[i], b_dk[i], input_precision="ieee"),)
+    return b_new_dk, b_new_dv
 
 
 @triton.jit(do_not_specialize=PER_CALL)
@@ -253,9 +229,9 @@ def attention_bwd_dkv_kernel(
 ):
     """grad (dense), q, k, v, lse, delta -> dk and dv, dense. Grid: blocks of keys, heads, images. With TMA, grad and q
     are descriptors as the forward's k and v."""
-    COLUMNS: tl.constexpr = Columns(D, LO, HI, TMA)
-    segments = Segments(p_cu_seqlens, tokens, longest)
-    dense = Dense(tokens, heads, heads * D)
+    COLUMNS: tl.constexpr = operands.Columns(D, LO, HI, TMA)
+    segments = operands.Segments(p_cu_seqlens, tokens, longest)
+    dense = operands.Dense(tokens, heads, heads * D)
     q_strides = strides_of(stride_qb, stride_q, stride_qh, UNIT)
     k_strides = strides_of(stride_kb, stride_k, stride_kh, UNIT)
     v_strides = strides_of(stride_vb, stride_v, stride_vh, UNIT)
@@ -266,21 +242,21 @@ def attention_bwd_dkv_kernel(
     i_batch = i_program // blocks // heads
     if PACKED:
         is_last = i_program + blocks * heads >= tl.num_programs(0)
-        dk_rows = Rows(p_dk + i_head * D, dense.stride, tokens)
-        dv_rows = Rows(p_dv + i_head * D, dense.stride, tokens)
+        dk_rows = operands.Rows(p_dk + i_head * D, dense.stride, tokens)
+        dv_rows = operands.Rows(p_dv + i_head * D, dense.stride, tokens)
         clear_gaps(dk_rows, None, segments, i_batch, i_block, blocks, is_last, COLUMNS)
         clear_gaps(dv_rows, None, segments, i_batch, i_block, blocks, is_last, COLUMNS)
     start, tokens_of_head = segment(segments, i_batch, PACKED)
     i_key = i_block * BLOCK_N
     if i_key >= tokens_of_head:
         return
-    head = Head(i_batch, i_head, start, tokens_of_head)
+    head = operands.Head(i_batch, i_head, start, tokens_of_head)
     b_k = load_rows(head_rows(p_k, k_strides, head, i_key), COLUMNS, BLOCK_N)
     b_v = load_rows(head_rows(p_v, v_strides, head, i_key), COLUMNS, BLOCK_N)
     dk_rows = dense_rows(p_dk, dense, head, i_key, D, PACKED)
     dv_rows = dense_rows(p_dv, dense, head, i_key, D, PACKED)
-    gradients = Gradients(zero_rows(COLUMNS, BLOCK_N), zero_rows(COLUMNS, BLOCK_N))
-    queries = QueryRows(
+    gradients = (zero_rows(COLUMNS, BLOCK_N), zero_rows(COLUMNS, BLOCK_N))
+    queries = (
         head_stream(q, q_hi, q_strides, head, TMA),
         dense_stream(grad, grad_hi, dense, head, D, PACKED, TMA),
         statistics(p_lse, dense, head, 0, PACKED),
@@ -292,9 +268,10 @@ def attention_bwd_dkv_kernel(
         gradients = _by_key(gradients, b_k, b_v, queries, i_query, scale, COLUMNS, BLOCK_M, NEGATED, False)
     for i_tail in tl.range(whole, head.tokens, BLOCK_M, num_stages=1 if SPLIT_TAIL else None):
         gradients = _by_key(gradients, b_k, b_v, queries, i_tail, scale, COLUMNS, BLOCK_M, NEGATED, True)
-    factor = (-scale if NEGATED else scale) * _LN_2
-    store_rows(dk_rows, [b * factor for b in gradients.b_dk], COLUMNS, BLOCK_N)
-    store_rows(dv_rows, gradients.b_dv, COLUMNS, BLOCK_N)
+    b_dk, b_dv = gradients
+    factor = (-scale if NEGATED else scale) * constants.LN_2
+    store_rows(dk_rows, [b * factor for b in b_dk], COLUMNS, BLOCK_N)
+    store_rows(dv_rows, b_dv, COLUMNS, BLOCK_N)
 
 
 def attention_bwd(

@@ -8,7 +8,6 @@ FLOPs: 4 * N^2 * D an image and head. Least bytes: q, k, v and the result once.
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -17,23 +16,16 @@ from torch import Tensor
 
 from .._interpreter import patch_interpreter
 from .._launch import Kernel, Launch, start
-from ..blocks.rows import Columns, Rows, load_rows, store_rows, stream_rows, zero_rows
-from ..blocks.segments import Segments, clear_gaps, segment
-from .heads import Dense, Head, dense_rows, head_rows, head_stream, statistics, strides_of
+from ..blocks import constants, operands
+from ..blocks.rows import load_rows, store_rows, stream_rows, zero_rows
+from ..blocks.segments import clear_gaps, segment
+from .heads import dense_rows, head_rows, head_stream, statistics, strides_of
 from .plan import PER_CALL, WIDE_CANDIDATES, fused_qkv, plan
 
 patch_interpreter()
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_HEAD_DIM = 256
-
-
-class Softmax(NamedTuple):
-    """An online softmax: the sum of values weighted by exponentials, the highest score, the sum of exponentials."""
-
-    b_acc: Any
-    b_max: Any
-    b_sum: Any
 
 
 @triton.jit
@@ -49,7 +41,8 @@ def _attend(
     NEGATED: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """The softmax after one more block of keys."""
+    """The softmax after one more block of keys: the weighted sum of values, the highest score, the sum of weights."""
+    b_acc, b_old_max, b_sum = softmax
     b_k = stream_rows(k_rows, i_key, COLUMNS, BLOCK_N, MASKED)
     b_v = stream_rows(v_rows, i_key, COLUMNS, BLOCK_N, MASKED)
     b_s = None
@@ -59,16 +52,16 @@ def _attend(
         b_s = -b_s
     if MASKED:
         b_s = tl.where((i_key + tl.arange(0, BLOCK_N))[None, :] < k_rows.count, b_s, float("-inf"))
-    b_max = tl.maximum(softmax.b_max, tl.max(b_s, 1))  # [BM]
+    b_max = tl.maximum(b_old_max, tl.max(b_s, 1))  # [BM]
     # differences first: of large scores they are exact, where those of rounded products are not
     b_p = tl.exp2((b_s - b_max[:, None]) * scale)
-    b_rescale = tl.exp2((softmax.b_max - b_max) * scale)
-    b_sum = softmax.b_sum * b_rescale + tl.sum(b_p, 1)
+    b_rescale = tl.exp2((b_old_max - b_max) * scale)
+    b_sum = b_sum * b_rescale + tl.sum(b_p, 1)
     b_p = b_p.to(b_v[0].dtype)
-    b_acc = ()
+    b_new_acc = ()
     for i in tl.static_range(len(b_v)):
-        b_acc += (tl.dot(b_p, b_v[i], softmax.b_acc[i] * b_rescale[:, None], input_precision="ieee"),)
-    return Softmax(b_acc, b_max, b_sum)
+        b_new_acc += (tl.dot(b_p, b_v[i], b_acc[i] * b_rescale[:, None], input_precision="ieee"),)
+    return b_new_acc, b_max, b_sum
 
 
 @triton.jit(do_not_specialize=PER_CALL)
@@ -111,19 +104,19 @@ def attention_fwd_kernel(
     k_hi, v_hi of the same tensors in blocks of HI columns; else pointers, and k_hi, v_hi unused. Strides of images,
     tokens and heads are in units of UNIT elements.
     """
-    COLUMNS: tl.constexpr = Columns(D, LO, HI, TMA)
-    segments = Segments(p_cu_seqlens, tokens, longest)
+    COLUMNS: tl.constexpr = operands.Columns(D, LO, HI, TMA)
+    segments = operands.Segments(p_cu_seqlens, tokens, longest)
     q_strides = strides_of(stride_qb, stride_q, stride_qh, UNIT)
     k_strides = strides_of(stride_kb, stride_k, stride_kh, UNIT)
     v_strides = strides_of(stride_vb, stride_v, stride_vh, UNIT)
-    dense = Dense(tokens, heads, heads * D)
+    dense = operands.Dense(tokens, heads, heads * D)
     i_program = tl.program_id(0)
     blocks = tl.cdiv(longest, BLOCK_M)
     i_block = i_program % blocks
     i_head = i_program // blocks % heads
     i_batch = i_program // blocks // heads
     if PACKED:
-        all_rows = Rows(p_out + i_head * D, dense.stride, tokens)
+        all_rows = operands.Rows(p_out + i_head * D, dense.stride, tokens)
         is_last = i_program + blocks * heads >= tl.num_programs(0)
         p_lse_head = p_lse + i_head.to(tl.int64) * tokens
         clear_gaps(all_rows, p_lse_head, segments, i_batch, i_block, blocks, is_last, COLUMNS)
@@ -131,24 +124,25 @@ def attention_fwd_kernel(
     i_query = i_block * BLOCK_M
     if i_query >= keys:
         return
-    head = Head(i_batch, i_head, start, keys)
+    head = operands.Head(i_batch, i_head, start, keys)
     q_rows = head_rows(p_q, q_strides, head, i_query)
     b_q = load_rows(q_rows, COLUMNS, BLOCK_M)
     k_rows = head_stream(k, k_hi, k_strides, head, TMA)
     v_rows = head_stream(v, v_hi, v_strides, head, TMA)
     # the lowest that is finite: the difference of two infinities would be NaN
     b_max = tl.full([BLOCK_M], -3.4028234663852886e38, tl.float32)
-    softmax = Softmax(zero_rows(COLUMNS, BLOCK_M), b_max, tl.zeros([BLOCK_M], tl.float32))
+    softmax = (zero_rows(COLUMNS, BLOCK_M), b_max, tl.zeros([BLOCK_M], tl.float32))
     # a tail of its own spares the other blocks their masks; float32 needs the registers that two copies take
     whole = keys // BLOCK_N * BLOCK_N if SPLIT_TAIL else 0
     for i_key in range(0, whole, BLOCK_N):
         softmax = _attend(softmax, b_q, k_rows, v_rows, i_key, scale, COLUMNS, BLOCK_N, NEGATED, False)
     for i_tail in tl.range(whole, keys, BLOCK_N, num_stages=1 if SPLIT_TAIL else None):
         softmax = _attend(softmax, b_q, k_rows, v_rows, i_tail, scale, COLUMNS, BLOCK_N, NEGATED, True)
+    b_acc, b_max, b_sum = softmax
     out_rows = dense_rows(p_out, dense, head, i_query, D, PACKED)
-    store_rows(out_rows, [b_acc / softmax.b_sum[:, None] for b_acc in softmax.b_acc], COLUMNS, BLOCK_M)
+    store_rows(out_rows, [b / b_sum[:, None] for b in b_acc], COLUMNS, BLOCK_M)
     p_lse_rows = statistics(p_lse, dense, head, i_query, PACKED) + tl.arange(0, BLOCK_M)
-    b_lse = (softmax.b_max * scale + tl.log2(softmax.b_sum)) * 0.6931471805599453
+    b_lse = (b_max * scale + tl.log2(b_sum)) * constants.LN_2
     tl.store(p_lse_rows, b_lse, mask=tl.arange(0, BLOCK_M) < keys - i_query)
 
 

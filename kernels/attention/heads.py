@@ -1,61 +1,35 @@
 """One head of an image or a packed segment: its rows of the tensors that attention's kernels take."""
 
-from typing import Any, NamedTuple
-
 import triton
 import triton.language as tl
 
-from ..blocks.rows import Rows, Stream
+from ..blocks import operands
 from ..blocks.strides import in_elements
-
-
-class Head(NamedTuple):
-    """Which image and head, and its tokens: the first, which is 0 unless segments are packed, and how many."""
-
-    i_batch: Any
-    i_head: Any
-    start: Any
-    tokens: Any
-
-
-class Strides(NamedTuple):
-    """Elements from one image, token and head of a tensor to the next."""
-
-    image: Any
-    token: Any
-    head: Any
-
-
-class Dense(NamedTuple):
-    """The sizes of dense tensors [B, N, H, D] or, packed, [T, H, D]: N or T, H, and H * D."""
-
-    tokens: Any
-    heads: Any
-    stride: Any
 
 
 @triton.jit
 def strides_of(stride_image, stride_token, stride_head, UNIT: tl.constexpr):
     """`Strides` of those that a kernel takes."""
-    return Strides(in_elements(stride_image, UNIT), in_elements(stride_token, UNIT), in_elements(stride_head, UNIT))
+    image, token = in_elements(stride_image, UNIT), in_elements(stride_token, UNIT)
+    return operands.Strides(image, token, in_elements(stride_head, UNIT))
 
 
 @triton.jit
 def head_rows(p_x, strides, head, i_row):
     """A head's rows of a tensor of any strides, from i_row on."""
     first = p_x + _image_head(strides, head) + (head.start + i_row) * strides.token
-    return Rows(first, strides.token, head.tokens - i_row)
+    return operands.Rows(first, strides.token, head.tokens - i_row)
 
 
 @triton.jit
 def head_stream(x, x_hi, strides, head, TMA: tl.constexpr):
     """All of a head's rows of a tensor of any strides, given by a pointer or by descriptors."""
     if TMA:
-        return Stream(x, x_hi, strides.token, head.tokens, head.i_batch, head.i_head)
+        return operands.Stream(x, x_hi, strides.token, head.tokens, head.i_batch, head.i_head)
     else:
         # summed before the pointer is moved, as loops would repeat the sum of two moves
         first = x + (_image_head(strides, head) + head.start * strides.token)
-        return Stream(first, first, strides.token, head.tokens, head.i_batch, head.i_head)
+        return operands.Stream(first, first, strides.token, head.tokens, head.i_batch, head.i_head)
 
 
 @triton.jit
@@ -67,17 +41,17 @@ def _image_head(strides, head):
 def dense_rows(p_x, dense, head, i_row, D: tl.constexpr, PACKED: tl.constexpr):
     """A head's rows of a dense tensor, from i_row on."""
     o_first = _dense_head(dense, head, D, PACKED) + tl.cast(i_row, tl.int64) * dense.stride
-    return Rows(p_x + o_first, dense.stride, head.tokens - i_row)
+    return operands.Rows(p_x + o_first, dense.stride, head.tokens - i_row)
 
 
 @triton.jit
 def dense_stream(x, x_hi, dense, head, D: tl.constexpr, PACKED: tl.constexpr, TMA: tl.constexpr):
     """All of a head's rows of a dense tensor, given by a pointer or by descriptors."""
     if TMA:
-        return Stream(x, x_hi, dense.stride, head.tokens, head.i_batch, head.i_head)
+        return operands.Stream(x, x_hi, dense.stride, head.tokens, head.i_batch, head.i_head)
     else:
         first = x + _dense_head(dense, head, D, PACKED)
-        return Stream(first, first, dense.stride, head.tokens, head.i_batch, head.i_head)
+        return operands.Stream(first, first, dense.stride, head.tokens, head.i_batch, head.i_head)
 
 
 @triton.jit

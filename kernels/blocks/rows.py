@@ -4,43 +4,10 @@ Such a block is a tuple: of LO columns, or of LO and of HI, each a power of two.
 `tl.static_range(len(block))`, in which column blocks are multiplied with one another.
 """
 
-from typing import Any, NamedTuple
-
 import triton
 import triton.language as tl
 
-
-class Columns(NamedTuple):
-    """How D columns are held, all constants: as LO + HI, HI being 0 where LO are enough.
-
-    With pointers the HI columns are those that end at D, though some are in LO too, as to read them takes no mask. With
-    TMA they are those from LO on, and descriptors fill them with zeros from D on.
-    """
-
-    D: Any
-    LO: Any
-    HI: Any
-    TMA: Any
-
-
-class Rows(NamedTuple):
-    """Rows of a matrix: a pointer to the first, what is from one to the next, in elements, and how many there are."""
-
-    first: Any
-    stride: Any
-    count: Any
-
-
-class Stream(NamedTuple):
-    """Rows that a loop goes through: `Rows` of which `lo` and `hi` are the pointer, or with TMA descriptors of
-    [B, H, N, D] in blocks of LO and of HI columns, with the image and the head that are meant."""
-
-    lo: Any
-    hi: Any
-    stride: Any
-    count: Any
-    i_batch: Any
-    i_head: Any
+from . import operands
 
 
 @triton.jit
@@ -76,7 +43,7 @@ def stream_rows(stream, i_row, COLUMNS: tl.constexpr, ROWS: tl.constexpr, MASKED
             b_hi = stream.hi.load([stream.i_batch, stream.i_head, i_row, COLUMNS.LO])
             b_rows += (b_hi.reshape(ROWS, COLUMNS.HI),)
     else:
-        rows = Rows(stream.lo + tl.cast(i_row, tl.int64) * stream.stride, stream.stride, stream.count - i_row)
+        rows = operands.Rows(stream.lo + tl.cast(i_row, tl.int64) * stream.stride, stream.stride, stream.count - i_row)
         b_rows = (_load(rows, 0, 0, COLUMNS.LO, COLUMNS, ROWS, MASKED),)
         if COLUMNS.HI:
             b_rows += (_load(rows, COLUMNS.D - COLUMNS.HI, 0, COLUMNS.HI, COLUMNS, ROWS, MASKED),)

@@ -1,20 +1,10 @@
 """Packed segments of a sequence, whose bounds are not trusted."""
 
-from typing import Any, NamedTuple
-
 import triton
 import triton.language as tl
 
-from .rows import Rows, store_rows, zero_rows
-
-
-class Segments(NamedTuple):
-    """Where segments are packed: a pointer to their bounds, None if nothing is packed, the tokens that there are, and
-    how many of a segment's count, for which the grid was made."""
-
-    p_bounds: Any
-    tokens: Any
-    longest: Any
+from . import operands
+from .rows import store_rows, zero_rows
 
 
 @triton.jit
@@ -57,7 +47,7 @@ def clear_gaps(rows, p_lse, segments, i_batch, i_block, blocks, is_last, COLUMNS
             first = tl.minimum(start + tl.minimum(segments.longest, segments.tokens - start), end)
             end_of_gap = tl.where(is_last, segments.tokens, end)
         for i_row in range(first + i_block * ROWS, end_of_gap, blocks * ROWS):
-            gap = Rows(rows.first + tl.cast(i_row, tl.int64) * rows.stride, rows.stride, end_of_gap - i_row)
+            gap = operands.Rows(rows.first + tl.cast(i_row, tl.int64) * rows.stride, rows.stride, end_of_gap - i_row)
             store_rows(gap, b_zeros, COLUMNS, ROWS)
             if p_lse is not None:
                 b_lse = tl.full([ROWS], float("-inf"), tl.float32)
