@@ -18,7 +18,7 @@ from .._launch import (
     Kernel,
     Launch,
     descriptor,
-    descriptor_fields,
+    descriptor_like,
     launch,
     planned,
     select,
@@ -198,13 +198,13 @@ def swiglu_mlp_bwd_kernel(
 
 
 class _Plan(NamedTuple):
-    """All of a launch but its tensors; the fields of descriptors of x, w_up and hidden, where it takes any."""
+    """All of a launch but its tensors; descriptors like those of x, w_up and hidden, where it takes any."""
 
     grid: tuple[int]
     sizes: tuple[int, ...]
     constants: dict[str, Any]
     options: dict[str, Any]
-    descriptors: tuple[dict[str, Any], ...]
+    descriptors: tuple[Any, ...]
 
 
 @planned
@@ -240,7 +240,7 @@ def _plan(
         (min(tiles, _multiprocessors(device)) if config["PERSISTENT"] else tiles,),
         (rows, channels, features, *in_unit),
         *split(config, constants),
-        tuple(descriptor_fields(dtype, *fields) for fields in blocks),
+        tuple(descriptor_like(dtype, *block) for block in blocks),
     )
 
 
@@ -266,7 +266,7 @@ def swiglu_mlp_fwd(x: Tensor, w_up: Tensor, b_up: Tensor | None) -> Tensor:
     how = _plan(rows, channels, features, *strides, b_up is not None, x.dtype, x.device, aligned)
     tensors = (x, w_up, hidden)
     if how.descriptors:
-        tensors = tuple(descriptor(fields, tensor) for fields, tensor in zip(how.descriptors, tensors, strict=True))
+        tensors = tuple(descriptor(like, tensor) for like, tensor in zip(how.descriptors, tensors, strict=True))
     # without a bias, any tensor in its place: `start` asks the first for its device
     args = (*tensors[:2], hidden if b_up is None else b_up.contiguous(), tensors[2], *how.sizes)
     start(Launch(swiglu_mlp_fwd_kernel, how.grid, args, how.constants, how.options))
