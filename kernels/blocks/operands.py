@@ -72,3 +72,29 @@ class Head(NamedTuple):
     i_head: Any
     start: Any
     tokens: Any
+
+
+class Grid(NamedTuple):
+    """The patches of a tile and the windows over them, all constants."""
+
+    ROWS: Any
+    COLS: Any
+    WINDOW_ROWS: Any
+    WINDOW_COLS: Any
+
+
+class Features(NamedTuple):
+    """What attention pooling takes, up to four tensors [T, N, C]: tuples of pointers and of strides, in units, from one
+    tile and patch to the next."""
+
+    pointers: Any
+    tile_strides: Any
+    patch_strides: Any
+
+
+class Feature(NamedTuple):
+    """One of them: a pointer, and strides in elements."""
+
+    first: Any
+    tile_stride: Any
+    patch_stride: Any
