@@ -98,3 +98,13 @@ class Feature(NamedTuple):
     first: Any
     tile_stride: Any
     patch_stride: Any
+
+
+class Tile(NamedTuple):
+    """Of a matrix product, all constants: rows, columns and terms of a block, and how many blocks of rows take turns at
+    the same columns."""
+
+    M: Any
+    N: Any
+    K: Any
+    GROUP: Any
