@@ -9,6 +9,7 @@ import torch
 
 pytest.importorskip("triton")
 
+from vlmkern import aot
 from vlmkern.kernels import _launch
 from vlmkern.kernels.swiglu_mlp import gate
 
@@ -82,3 +83,13 @@ def test_a_descriptor_is_the_one_that_its_constructor_makes():
 def test_descriptors_are_checked_before_there_is_a_tensor(strides, block):
     with pytest.raises((AssertionError, ValueError)):
         _launch.descriptor_like(torch.bfloat16, [4, 72], strides, block)
+
+
+def test_launches_compare_no_globals():
+    """Triton compares what a kernel imports by name with what it was, at every launch."""
+    compared = {}
+    for kernel in aot.kernels():
+        # which makes Triton look for them
+        assert kernel.function.cache_key
+        compared[kernel.name] = [name for name, _ in kernel.function.used_global_vals]
+    assert len(compared) > 10 and not any(compared.values()), compared
