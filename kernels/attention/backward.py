@@ -137,6 +137,7 @@ def attention_bwd_dq_kernel(
     b_lse = tl.load(statistics(p_lse, dense, head, i_query, PACKED) + o_row, mask=m_row, other=0) * constants.LOG2_E
     tl.store(statistics(p_delta, dense, head, i_query, PACKED) + o_row, b_delta, mask=m_row)
 
+    dq_rows = dense_rows(p_dq, dense, head, i_query, D, PACKED)
     queries = (b_q, b_do, b_lse, b_delta)
     b_dq = zero_rows(COLUMNS, BLOCK_M)
     k_rows = head_stream(k, k_hi, k_strides, head, TMA)
@@ -148,7 +149,6 @@ def attention_bwd_dq_kernel(
     for i_tail in tl.range(whole, keys, BLOCK_N, num_stages=1 if SPLIT_TAIL else None):
         b_dq = _by_query(b_dq, queries, k_rows, v_rows, i_tail, scale, COLUMNS, BLOCK_N, NEGATED, True)
     factor = (-scale if NEGATED else scale) * constants.LN_2
-    dq_rows = dense_rows(p_dq, dense, head, i_query, D, PACKED)
     store_rows(dq_rows, [b * factor for b in b_dq], COLUMNS, BLOCK_M)
 
 
