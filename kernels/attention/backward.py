@@ -21,13 +21,11 @@ import triton.language as tl
 from torch import Tensor
 
 from .._launch import Config, Kernel, Launch, start
-from ..blocks.rows import load_rows, store_rows, stream_rows
+from ..blocks import constants, operands
+from ..blocks.rows import load_rows, store_rows, stream_rows, zero_rows
 from ..blocks.segments import clear_gaps, segment
-from ..blocks.strides import image_head, in_elements
+from .heads import dense_rows, dense_stream, head_rows, head_stream, statistics, strides_of
 from .plan import PER_CALL, WIDE_CANDIDATES, fused_qkv, plan
-
-_LOG2_E = tl.constexpr(1.4426950408889634)
-_LN_2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
@@ -38,55 +36,35 @@ def _probabilities(b_logarithm):
 
 @triton.jit
 def _by_query(
-    b_dq_lo,
-    b_dq_hi,
-    b_q_lo,
-    b_q_hi,
-    b_do_lo,
-    b_do_hi,
-    b_lse,
-    b_delta,
-    k,
-    v,
-    k_hi,
-    v_hi,
-    stride_k,
-    stride_v,
-    i_batch,
-    i_head,
+    b_dq,
+    queries,
+    k_rows,
+    v_rows,
     i_key,
-    keys,
     scale,
-    D: tl.constexpr,
-    LO: tl.constexpr,
-    HI: tl.constexpr,
+    COLUMNS: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    TMA: tl.constexpr,
     NEGATED: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """What one block of keys adds to the gradient by q."""
-    b_k_lo, b_k_hi = stream_rows(
-        k, k_hi, stride_k, i_batch, i_head, i_key, keys, D, LO, HI, BLOCK_N, TMA, MASKED
-    )  # fmt: skip
-    b_v_lo, b_v_hi = stream_rows(
-        v, v_hi, stride_v, i_batch, i_head, i_key, keys, D, LO, HI, BLOCK_N, TMA, MASKED
-    )  # fmt: skip
-    b_s = tl.dot(b_q_lo, b_k_lo.T, input_precision="ieee")  # [BM, BN]
-    b_dp = tl.dot(b_do_lo, b_v_lo.T, input_precision="ieee")  # [BM, BN]
-    if HI:
-        b_s = tl.dot(b_q_hi, b_k_hi.T, b_s, input_precision="ieee")
-        b_dp = tl.dot(b_do_hi, b_v_hi.T, b_dp, input_precision="ieee")
+    """The gradient by q with what one block of keys adds, of queries (q, grad, lse in base 2, delta)."""
+    b_q, b_do, b_lse, b_delta = queries
+    b_k = stream_rows(k_rows, i_key, COLUMNS, BLOCK_N, MASKED)
+    b_v = stream_rows(v_rows, i_key, COLUMNS, BLOCK_N, MASKED)
+    b_s, b_dp = None, None
+    for i in tl.static_range(len(b_k)):
+        b_s = tl.dot(b_q[i], b_k[i].T, b_s, input_precision="ieee")  # [BM, BN]
+        b_dp = tl.dot(b_do[i], b_v[i].T, b_dp, input_precision="ieee")  # [BM, BN]
     if NEGATED:
         b_s = -b_s
     b_p = _probabilities(b_s * scale - b_lse[:, None])
     if MASKED:
-        b_p = tl.where((i_key + tl.arange(0, BLOCK_N))[None, :] < keys, b_p, 0.0)
-    b_ds = (b_p * (b_dp - b_delta[:, None])).to(b_k_lo.dtype)
-    b_dq_lo = tl.dot(b_ds, b_k_lo, b_dq_lo, input_precision="ieee")
-    if HI:
-        b_dq_hi = tl.dot(b_ds, b_k_hi, b_dq_hi, input_precision="ieee")
-    return b_dq_lo, b_dq_hi
+        b_p = tl.where((i_key + tl.arange(0, BLOCK_N))[None, :] < k_rows.count, b_p, 0.0)
+    b_ds = (b_p * (b_dp - b_delta[:, None])).to(b_k[0].dtype)
+    b_new_dq = ()
+    for i in tl.static_range(len(b_k)):
+        b_new_dq += (tl.dot(b_ds, b_k[i], b_dq[i], input_precision="ieee"),)
+    return b_new_dq
 
 
 @triton.jit(do_not_specialize=PER_CALL)
@@ -128,124 +106,88 @@ def attention_bwd_dq_kernel(
 ):
     """grad and out (dense), q, k, v, lse -> dq, dense, and delta, shaped like lse. Grid, strides, k and v as the
     forward's."""
-    stride_q, stride_k, stride_v = in_elements(stride_q, UNIT), in_elements(stride_k, UNIT), in_elements(stride_v, UNIT)
-    stride_out = heads * D
+    COLUMNS: tl.constexpr = operands.Columns(D, LO, HI, TMA)
+    segments = operands.Segments(p_cu_seqlens, tokens, longest)
+    dense = operands.Dense(tokens, heads, heads * D)
+    q_strides = strides_of(stride_qb, stride_q, stride_qh, UNIT)
+    k_strides = strides_of(stride_kb, stride_k, stride_kh, UNIT)
+    v_strides = strides_of(stride_vb, stride_v, stride_vh, UNIT)
     i_program = tl.program_id(0)
     blocks = tl.cdiv(longest, BLOCK_M)
-    i_query = i_program % blocks * BLOCK_M
+    i_block = i_program % blocks
     i_head = i_program // blocks % heads
-    i_batch = (i_program // blocks // heads).to(tl.int64)
+    i_batch = i_program // blocks // heads
     if PACKED:
         is_last = i_program + blocks * heads >= tl.num_programs(0)
-        clear_gaps(
-            p_dq + i_head * D, None, stride_out, p_cu_seqlens, i_batch, i_program % blocks, blocks, is_last, tokens,
-            longest, D, LO, HI,
-        )  # fmt: skip
-    start, keys = segment(p_cu_seqlens, i_batch, tokens, longest, PACKED)
+        dq_rows = operands.Rows(p_dq + i_head * D, dense.stride, tokens)
+        clear_gaps(dq_rows, None, segments, i_batch, i_block, blocks, is_last, COLUMNS)
+    start, keys = segment(segments, i_batch, PACKED)
+    i_query = i_block * BLOCK_M
     if i_query >= keys:
         return
-    rows = keys - i_query
-    i_row = start + i_query
-    i_dense = (i_batch * tokens * (not PACKED) + i_row) * stride_out + i_head * D
-    p_q_rows = p_q + image_head(i_batch, i_head, stride_qb, stride_qh, UNIT) + i_row * stride_q
-    b_q_lo = load_rows(p_q_rows, stride_q, rows, 0, 0, D, BLOCK_M, LO, True)
-    b_do_lo = load_rows(p_grad + i_dense, stride_out, rows, 0, 0, D, BLOCK_M, LO, True)
-    b_out_lo = load_rows(p_out + i_dense, stride_out, rows, 0, 0, D, BLOCK_M, LO, True)
-    b_delta = tl.sum(b_do_lo.to(tl.float32) * b_out_lo.to(tl.float32), 1)  # [BM]
-    b_dq_lo = tl.zeros([BLOCK_M, LO], tl.float32)
-    b_q_hi, b_do_hi, b_dq_hi = b_q_lo, b_do_lo, b_dq_lo
-    if HI:
-        HI_COL: tl.constexpr = LO if TMA else D - HI
-        b_q_hi = load_rows(p_q_rows, stride_q, rows, HI_COL, LO, D, BLOCK_M, HI, True)
-        b_do_hi = load_rows(p_grad + i_dense, stride_out, rows, HI_COL, LO, D, BLOCK_M, HI, True)
-        b_out_hi = load_rows(p_out + i_dense, stride_out, rows, HI_COL, LO, D, BLOCK_M, HI, True)
-        b_delta += tl.sum(b_do_hi.to(tl.float32) * b_out_hi.to(tl.float32), 1)
-        b_dq_hi = tl.zeros([BLOCK_M, HI], tl.float32)
+    head = operands.Head(i_batch, i_head, start, keys)
+    b_q = load_rows(head_rows(p_q, q_strides, head, i_query), COLUMNS, BLOCK_M)
+    b_do = load_rows(dense_rows(p_grad, dense, head, i_query, D, PACKED), COLUMNS, BLOCK_M)
+    b_out = load_rows(dense_rows(p_out, dense, head, i_query, D, PACKED), COLUMNS, BLOCK_M)
+    b_delta = tl.sum(b_do[0].to(tl.float32) * b_out[0].to(tl.float32), 1)  # [BM]
+    for i in tl.static_range(1, len(b_out)):
+        b_delta += tl.sum(b_do[i].to(tl.float32) * b_out[i].to(tl.float32), 1)
     o_row = tl.arange(0, BLOCK_M)
-    i_statistics = (i_batch * heads * (not PACKED) + i_head) * tokens + i_row
-    b_lse = tl.load(p_lse + i_statistics + o_row, mask=o_row < rows, other=0) * _LOG2_E
-    tl.store(p_delta + i_statistics + o_row, b_delta, mask=o_row < rows)
+    m_row = o_row < keys - i_query
+    b_lse = tl.load(statistics(p_lse, dense, head, i_query, PACKED) + o_row, mask=m_row, other=0) * constants.LOG2_E
+    tl.store(statistics(p_delta, dense, head, i_query, PACKED) + o_row, b_delta, mask=m_row)
 
-    if not TMA:
-        k += image_head(i_batch, i_head, stride_kb, stride_kh, UNIT) + start * stride_k
-        v += image_head(i_batch, i_head, stride_vb, stride_vh, UNIT) + start * stride_v
-    i_image = i_batch.to(tl.int32)
+    dq_rows = dense_rows(p_dq, dense, head, i_query, D, PACKED)
+    queries = (b_q, b_do, b_lse, b_delta)
+    b_dq = zero_rows(COLUMNS, BLOCK_M)
+    k_rows = head_stream(k, k_hi, k_strides, head, TMA)
+    v_rows = head_stream(v, v_hi, v_strides, head, TMA)
     # a tail of its own spares the other blocks their masks; float32 needs the registers that two copies take
     whole = keys // BLOCK_N * BLOCK_N if SPLIT_TAIL else 0
     for i_key in range(0, whole, BLOCK_N):
-        b_dq_lo, b_dq_hi = _by_query(
-            b_dq_lo, b_dq_hi, b_q_lo, b_q_hi, b_do_lo, b_do_hi, b_lse, b_delta, k, v, k_hi, v_hi,
-            stride_k, stride_v, i_image, i_head, i_key, keys, scale, D, LO, HI, BLOCK_N, TMA, NEGATED, False,
-        )  # fmt: skip
+        b_dq = _by_query(b_dq, queries, k_rows, v_rows, i_key, scale, COLUMNS, BLOCK_N, NEGATED, False)
     for i_tail in tl.range(whole, keys, BLOCK_N, num_stages=1 if SPLIT_TAIL else None):
-        b_dq_lo, b_dq_hi = _by_query(
-            b_dq_lo, b_dq_hi, b_q_lo, b_q_hi, b_do_lo, b_do_hi, b_lse, b_delta, k, v, k_hi, v_hi,
-            stride_k, stride_v, i_image, i_head, i_tail, keys, scale, D, LO, HI, BLOCK_N, TMA, NEGATED, True,
-        )  # fmt: skip
-    factor = (-scale if NEGATED else scale) * _LN_2
-    store_rows(p_dq + i_dense, stride_out, rows, b_dq_lo * factor, 0, 0, D, BLOCK_M, LO)
-    if HI:
-        store_rows(p_dq + i_dense, stride_out, rows, b_dq_hi * factor, HI_COL, LO, D, BLOCK_M, HI)
+        b_dq = _by_query(b_dq, queries, k_rows, v_rows, i_tail, scale, COLUMNS, BLOCK_N, NEGATED, True)
+    factor = (-scale if NEGATED else scale) * constants.LN_2
+    store_rows(dq_rows, [b * factor for b in b_dq], COLUMNS, BLOCK_M)
 
 
 @triton.jit
 def _by_key(
-    b_dk_lo,
-    b_dk_hi,
-    b_dv_lo,
-    b_dv_hi,
-    b_k_lo,
-    b_k_hi,
-    b_v_lo,
-    b_v_hi,
-    q,
-    grad,
-    q_hi,
-    grad_hi,
-    p_lse,
-    p_delta,
-    stride_q,
-    stride_out,
-    i_batch,
-    i_head,
-    i_query,
+    gradients,
+    b_k,
+    b_v,
     queries,
+    i_query,
     scale,
-    D: tl.constexpr,
-    LO: tl.constexpr,
-    HI: tl.constexpr,
+    COLUMNS: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    TMA: tl.constexpr,
     NEGATED: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """What one block of queries adds to the gradients by k and v."""
+    """The gradients by k and v with what one block of queries adds, of streams of q and grad, and lse and delta."""
+    b_dk, b_dv = gradients
+    q_rows, grad_rows, p_lse, p_delta = queries
     o_row = i_query + tl.arange(0, BLOCK_M)
     # exp2(-inf) = 0: queries beyond the last count for nothing
-    b_lse = tl.load(p_lse + o_row, mask=o_row < queries, other=float("inf")) * _LOG2_E
-    b_delta = tl.load(p_delta + o_row, mask=o_row < queries, other=0)
-    b_q_lo, b_q_hi = stream_rows(
-        q, q_hi, stride_q, i_batch, i_head, i_query, queries, D, LO, HI, BLOCK_M, TMA, MASKED
-    )  # fmt: skip
-    b_do_lo, b_do_hi = stream_rows(
-        grad, grad_hi, stride_out, i_batch, i_head, i_query, queries, D, LO, HI, BLOCK_M, TMA, MASKED
-    )  # fmt: skip
-    b_s = tl.dot(b_k_lo, b_q_lo.T, input_precision="ieee")  # [BN, BM]
-    b_dp = tl.dot(b_v_lo, b_do_lo.T, input_precision="ieee")  # [BN, BM]
-    if HI:
-        b_s = tl.dot(b_k_hi, b_q_hi.T, b_s, input_precision="ieee")
-        b_dp = tl.dot(b_v_hi, b_do_hi.T, b_dp, input_precision="ieee")
+    b_lse = tl.load(p_lse + o_row, mask=o_row < q_rows.count, other=float("inf")) * constants.LOG2_E
+    b_delta = tl.load(p_delta + o_row, mask=o_row < q_rows.count, other=0)
+    b_q = stream_rows(q_rows, i_query, COLUMNS, BLOCK_M, MASKED)
+    b_do = stream_rows(grad_rows, i_query, COLUMNS, BLOCK_M, MASKED)
+    b_s, b_dp = None, None
+    for i in tl.static_range(len(b_q)):
+        b_s = tl.dot(b_k[i], b_q[i].T, b_s, input_precision="ieee")  # [BN, BM]
+        b_dp = tl.dot(b_v[i], b_do[i].T, b_dp, input_precision="ieee")  # [BN, BM]
     if NEGATED:
         b_s = -b_s
     b_p = _probabilities(b_s * scale - b_lse[None, :])
-    b_ds = (b_p * (b_dp - b_delta[None, :])).to(b_q_lo.dtype)
-    b_p = b_p.to(b_q_lo.dtype)
-    b_dv_lo = tl.dot(b_p, b_do_lo, b_dv_lo, input_precision="ieee")
-    b_dk_lo = tl.dot(b_ds, b_q_lo, b_dk_lo, input_precision="ieee")
-    if HI:
-        b_dv_hi = tl.dot(b_p, b_do_hi, b_dv_hi, input_precision="ieee")
-        b_dk_hi = tl.dot(b_ds, b_q_hi, b_dk_hi, input_precision="ieee")
-    return b_dk_lo, b_dk_hi, b_dv_lo, b_dv_hi
+    b_ds = (b_p * (b_dp - b_delta[None, :])).to(b_q[0].dtype)
+    b_p = b_p.to(b_q[0].dtype)
+    b_new_dk, b_new_dv = (), ()
+    for i in tl.static_range(len(b_q)):
+        b_new_dv += (tl.dot(b_p, b_do[i], b_dv[i], input_precision="ieee"),)
+        b_new_dk += (tl.dot(b_ds, b_q[i], b_dk[i], input_precision="ieee"),)
+    return b_new_dk, b_new_dv
 
 
 @triton.jit(do_not_specialize=PER_CALL)
@@ -287,71 +229,49 @@ def attention_bwd_dkv_kernel(
 ):
     """grad (dense), q, k, v, lse, delta -> dk and dv, dense. Grid: blocks of keys, heads, images. With TMA, grad and q
     are descriptors as the forward's k and v."""
-    stride_q, stride_k, stride_v = in_elements(stride_q, UNIT), in_elements(stride_k, UNIT), in_elements(stride_v, UNIT)
-    stride_out = heads * D
+    COLUMNS: tl.constexpr = operands.Columns(D, LO, HI, TMA)
+    segments = operands.Segments(p_cu_seqlens, tokens, longest)
+    dense = operands.Dense(tokens, heads, heads * D)
+    q_strides = strides_of(stride_qb, stride_q, stride_qh, UNIT)
+    k_strides = strides_of(stride_kb, stride_k, stride_kh, UNIT)
+    v_strides = strides_of(stride_vb, stride_v, stride_vh, UNIT)
     i_program = tl.program_id(0)
     blocks = tl.cdiv(longest, BLOCK_N)
-    i_key = i_program % blocks * BLOCK_N
+    i_block = i_program % blocks
     i_head = i_program // blocks % heads
-    i_batch = (i_program // blocks // heads).to(tl.int64)
+    i_batch = i_program // blocks // heads
     if PACKED:
         is_last = i_program + blocks * heads >= tl.num_programs(0)
-        clear_gaps(
-            p_dk + i_head * D, None, stride_out, p_cu_seqlens, i_batch, i_program % blocks, blocks, is_last, tokens,
-            longest, D, LO, HI,
-        )  # fmt: skip
-        clear_gaps(
-            p_dv + i_head * D, None, stride_out, p_cu_seqlens, i_batch, i_program % blocks, blocks, is_last, tokens,
-            longest, D, LO, HI,
-        )  # fmt: skip
-    start, queries = segment(p_cu_seqlens, i_batch, tokens, longest, PACKED)
-    if i_key >= queries:
+        dk_rows = operands.Rows(p_dk + i_head * D, dense.stride, tokens)
+        dv_rows = operands.Rows(p_dv + i_head * D, dense.stride, tokens)
+        clear_gaps(dk_rows, None, segments, i_batch, i_block, blocks, is_last, COLUMNS)
+        clear_gaps(dv_rows, None, segments, i_batch, i_block, blocks, is_last, COLUMNS)
+    start, tokens_of_head = segment(segments, i_batch, PACKED)
+    i_key = i_block * BLOCK_N
+    if i_key >= tokens_of_head:
         return
-    rows = queries - i_key
-    i_row = start + i_key
-    i_first = (i_batch * tokens * (not PACKED) + start) * stride_out + i_head * D
-    i_dense = i_first + tl.cast(i_key, tl.int64) * stride_out
-    p_k_rows = p_k + image_head(i_batch, i_head, stride_kb, stride_kh, UNIT) + i_row * stride_k
-    p_v_rows = p_v + image_head(i_batch, i_head, stride_vb, stride_vh, UNIT) + i_row * stride_v
-    b_k_lo = load_rows(p_k_rows, stride_k, rows, 0, 0, D, BLOCK_N, LO, True)
-    b_v_lo = load_rows(p_v_rows, stride_v, rows, 0, 0, D, BLOCK_N, LO, True)
-    b_dk_lo = tl.zeros([BLOCK_N, LO], tl.float32)
-    b_dv_lo = tl.zeros([BLOCK_N, LO], tl.float32)
-    b_k_hi, b_v_hi, b_dk_hi, b_dv_hi = b_k_lo, b_v_lo, b_dk_lo, b_dv_lo
-    if HI:
-        HI_COL: tl.constexpr = LO if TMA else D - HI
-        b_k_hi = load_rows(p_k_rows, stride_k, rows, HI_COL, LO, D, BLOCK_N, HI, True)
-        b_v_hi = load_rows(p_v_rows, stride_v, rows, HI_COL, LO, D, BLOCK_N, HI, True)
-        b_dk_hi = tl.zeros([BLOCK_N, HI], tl.float32)
-        b_dv_hi = tl.zeros([BLOCK_N, HI], tl.float32)
-    if not TMA:
-        q += image_head(i_batch, i_head, stride_qb, stride_qh, UNIT) + start * stride_q
-        grad += i_first
-    i_image = i_batch.to(tl.int32)
-    i_statistics = (i_batch * heads * (not PACKED) + i_head) * tokens + start
-    p_lse += i_statistics
-    p_delta += i_statistics
-
+    head = operands.Head(i_batch, i_head, start, tokens_of_head)
+    b_k = load_rows(head_rows(p_k, k_strides, head, i_key), COLUMNS, BLOCK_N)
+    b_v = load_rows(head_rows(p_v, v_strides, head, i_key), COLUMNS, BLOCK_N)
+    dk_rows = dense_rows(p_dk, dense, head, i_key, D, PACKED)
+    dv_rows = dense_rows(p_dv, dense, head, i_key, D, PACKED)
+    gradients = (zero_rows(COLUMNS, BLOCK_N), zero_rows(COLUMNS, BLOCK_N))
+    queries = (
+        head_stream(q, q_hi, q_strides, head, TMA),
+        dense_stream(grad, grad_hi, dense, head, D, PACKED, TMA),
+        statistics(p_lse, dense, head, 0, PACKED),
+        statistics(p_delta, dense, head, 0, PACKED),
+    )
     # a tail of its own spares the other blocks their masks; float32 needs the registers that two copies take
-    whole = queries // BLOCK_M * BLOCK_M if SPLIT_TAIL else 0
+    whole = head.tokens // BLOCK_M * BLOCK_M if SPLIT_TAIL else 0
     for i_query in range(0, whole, BLOCK_M):
-        b_dk_lo, b_dk_hi, b_dv_lo, b_dv_hi = _by_key(
-            b_dk_lo, b_dk_hi, b_dv_lo, b_dv_hi, b_k_lo, b_k_hi, b_v_lo, b_v_hi, q, grad, q_hi, grad_hi,
-            p_lse, p_delta, stride_q, stride_out, i_image, i_head, i_query, queries, scale, D, LO, HI, BLOCK_M, TMA,
-            NEGATED, False,
-        )  # fmt: skip
-    for i_tail in tl.range(whole, queries, BLOCK_M, num_stages=1 if SPLIT_TAIL else None):
-        b_dk_lo, b_dk_hi, b_dv_lo, b_dv_hi = _by_key(
-            b_dk_lo, b_dk_hi, b_dv_lo, b_dv_hi, b_k_lo, b_k_hi, b_v_lo, b_v_hi, q, grad, q_hi, grad_hi,
-            p_lse, p_delta, stride_q, stride_out, i_image, i_head, i_tail, queries, scale, D, LO, HI, BLOCK_M, TMA,
-            NEGATED, True,
-        )  # fmt: skip
-    factor = (-scale if NEGATED else scale) * _LN_2
-    store_rows(p_dk + i_dense, stride_out, rows, b_dk_lo * factor, 0, 0, D, BLOCK_N, LO)
-    store_rows(p_dv + i_dense, stride_out, rows, b_dv_lo, 0, 0, D, BLOCK_N, LO)
-    if HI:
-        store_rows(p_dk + i_dense, stride_out, rows, b_dk_hi * factor, HI_COL, LO, D, BLOCK_N, HI)
-        store_rows(p_dv + i_dense, stride_out, rows, b_dv_hi, HI_COL, LO, D, BLOCK_N, HI)
+        gradients = _by_key(gradients, b_k, b_v, queries, i_query, scale, COLUMNS, BLOCK_M, NEGATED, False)
+    for i_tail in tl.range(whole, head.tokens, BLOCK_M, num_stages=1 if SPLIT_TAIL else None):
+        gradients = _by_key(gradients, b_k, b_v, queries, i_tail, scale, COLUMNS, BLOCK_M, NEGATED, True)
+    b_dk, b_dv = gradients
+    factor = (-scale if NEGATED else scale) * constants.LN_2
+    store_rows(dk_rows, [b * factor for b in b_dk], COLUMNS, BLOCK_N)
+    store_rows(dv_rows, b_dv, COLUMNS, BLOCK_N)
 
 
 def attention_bwd(

@@ -16,9 +16,10 @@ from torch import Tensor
 
 from .._interpreter import patch_interpreter
 from .._launch import Kernel, Launch, start
-from ..blocks.rows import load_rows, store_rows, stream_rows
+from ..blocks import constants, operands
+from ..blocks.rows import load_rows, store_rows, stream_rows, zero_rows
 from ..blocks.segments import clear_gaps, segment
-from ..blocks.strides import image_head, in_elements
+from .heads import dense_rows, head_rows, head_stream, statistics, strides_of
 from .plan import PER_CALL, WIDE_CANDIDATES, fused_qkv, plan
 
 patch_interpreter()
@@ -29,56 +30,38 @@ MAX_HEAD_DIM = 256
 
 @triton.jit
 def _attend(
-    b_acc_lo,
-    b_acc_hi,
-    b_max,
-    b_sum,
-    b_q_lo,
-    b_q_hi,
-    k,
-    v,
-    k_hi,
-    v_hi,
-    stride_k,
-    stride_v,
-    i_batch,
-    i_head,
+    softmax,
+    b_q,
+    k_rows,
+    v_rows,
     i_key,
-    keys,
     scale,
-    D: tl.constexpr,
-    LO: tl.constexpr,
-    HI: tl.constexpr,
-    BLOCK_M: tl.constexpr,
+    COLUMNS: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    TMA: tl.constexpr,
     NEGATED: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """One block of keys: the running maximum of scores, sum and weighted values after it."""
-    b_k_lo, b_k_hi = stream_rows(
-        k, k_hi, stride_k, i_batch, i_head, i_key, keys, D, LO, HI, BLOCK_N, TMA, MASKED
-    )  # fmt: skip
-    b_v_lo, b_v_hi = stream_rows(
-        v, v_hi, stride_v, i_batch, i_head, i_key, keys, D, LO, HI, BLOCK_N, TMA, MASKED
-    )  # fmt: skip
-    b_s = tl.dot(b_q_lo, b_k_lo.T, input_precision="ieee")  # [BM, BN]
-    if HI:
-        b_s = tl.dot(b_q_hi, b_k_hi.T, b_s, input_precision="ieee")
+    """The softmax after one more block of keys: the weighted sum of values, the highest score, the sum of weights."""
+    b_acc, b_old_max, b_sum = softmax
+    b_k = stream_rows(k_rows, i_key, COLUMNS, BLOCK_N, MASKED)
+    b_v = stream_rows(v_rows, i_key, COLUMNS, BLOCK_N, MASKED)
+    b_s = None
+    for i in tl.static_range(len(b_k)):
+        b_s = tl.dot(b_q[i], b_k[i].T, b_s, input_precision="ieee")  # [BM, BN]
     if NEGATED:
         b_s = -b_s
     if MASKED:
-        b_s = tl.where((i_key + tl.arange(0, BLOCK_N))[None, :] < keys, b_s, float("-inf"))
-    b_new_max = tl.maximum(b_max, tl.max(b_s, 1))  # [BM]
+        b_s = tl.where((i_key + tl.arange(0, BLOCK_N))[None, :] < k_rows.count, b_s, float("-inf"))
+    b_max = tl.maximum(b_old_max, tl.max(b_s, 1))  # [BM]
     # differences first: of large scores they are exact, where those of rounded products are not
-    b_p = tl.exp2((b_s - b_new_max[:, None]) * scale)
-    b_rescale = tl.exp2((b_max - b_new_max) * scale)
+    b_p = tl.exp2((b_s - b_max[:, None]) * scale)
+    b_rescale = tl.exp2((b_old_max - b_max) * scale)
     b_sum = b_sum * b_rescale + tl.sum(b_p, 1)
-    b_p = b_p.to(b_v_lo.dtype)
-    b_acc_lo = tl.dot(b_p, b_v_lo, b_acc_lo * b_rescale[:, None], input_precision="ieee")
-    if HI:
-        b_acc_hi = tl.dot(b_p, b_v_hi, b_acc_hi * b_rescale[:, None], input_precision="ieee")
-    return b_acc_lo, b_acc_hi, b_new_max, b_sum
+    b_p = b_p.to(b_v[0].dtype)
+    b_new_acc = ()
+    for i in tl.static_range(len(b_v)):
+        b_new_acc += (tl.dot(b_p, b_v[i], b_acc[i] * b_rescale[:, None], input_precision="ieee"),)
+    return b_new_acc, b_max, b_sum
 
 
 @triton.jit(do_not_specialize=PER_CALL)
@@ -121,57 +104,46 @@ def attention_fwd_kernel(
     k_hi, v_hi of the same tensors in blocks of HI columns; else pointers, and k_hi, v_hi unused. Strides of images,
     tokens and heads are in units of UNIT elements.
     """
-    stride_q, stride_k, stride_v = in_elements(stride_q, UNIT), in_elements(stride_k, UNIT), in_elements(stride_v, UNIT)
-    stride_out = heads * D
+    COLUMNS: tl.constexpr = operands.Columns(D, LO, HI, TMA)
+    segments = operands.Segments(p_cu_seqlens, tokens, longest)
+    q_strides = strides_of(stride_qb, stride_q, stride_qh, UNIT)
+    k_strides = strides_of(stride_kb, stride_k, stride_kh, UNIT)
+    v_strides = strides_of(stride_vb, stride_v, stride_vh, UNIT)
+    dense = operands.Dense(tokens, heads, heads * D)
     i_program = tl.program_id(0)
     blocks = tl.cdiv(longest, BLOCK_M)
-    i_query = i_program % blocks * BLOCK_M
+    i_block = i_program % blocks
     i_head = i_program // blocks % heads
     i_batch = i_program // blocks // heads
     if PACKED:
-        clear_gaps(
-            p_out + i_head * D, p_lse + i_head.to(tl.int64) * tokens, stride_out, p_cu_seqlens, i_batch,
-            i_program % blocks, blocks, i_program + blocks * heads >= tl.num_programs(0), tokens, longest, D, LO, HI,
-        )  # fmt: skip
-    start, keys = segment(p_cu_seqlens, i_batch, tokens, longest, PACKED)
+        all_rows = operands.Rows(p_out + i_head * D, dense.stride, tokens)
+        is_last = i_program + blocks * heads >= tl.num_programs(0)
+        p_lse_head = p_lse + i_head.to(tl.int64) * tokens
+        clear_gaps(all_rows, p_lse_head, segments, i_batch, i_block, blocks, is_last, COLUMNS)
+    start, keys = segment(segments, i_batch, PACKED)
+    i_query = i_block * BLOCK_M
     if i_query >= keys:
         return
-    i_row = start + i_query
-    p_q_rows = p_q + image_head(i_batch, i_head, stride_qb, stride_qh, UNIT) + i_row * stride_q
-    b_q_lo = load_rows(p_q_rows, stride_q, keys - i_query, 0, 0, D, BLOCK_M, LO, True)
-    b_q_hi = b_q_lo
-    b_acc_lo = tl.zeros([BLOCK_M, LO], tl.float32)
-    b_acc_hi = b_acc_lo
-    if HI:
-        HI_COL: tl.constexpr = LO if TMA else D - HI
-        b_q_hi = load_rows(p_q_rows, stride_q, keys - i_query, HI_COL, LO, D, BLOCK_M, HI, True)
-        b_acc_hi = tl.zeros([BLOCK_M, HI], tl.float32)
-    if not TMA:
-        k += image_head(i_batch, i_head, stride_kb, stride_kh, UNIT) + start * stride_k
-        v += image_head(i_batch, i_head, stride_vb, stride_vh, UNIT) + start * stride_v
+    head = operands.Head(i_batch, i_head, start, keys)
+    q_rows = head_rows(p_q, q_strides, head, i_query)
+    b_q = load_rows(q_rows, COLUMNS, BLOCK_M)
+    k_rows = head_stream(k, k_hi, k_strides, head, TMA)
+    v_rows = head_stream(v, v_hi, v_strides, head, TMA)
     # the lowest that is finite: the difference of two infinities would be NaN
     b_max = tl.full([BLOCK_M], -3.4028234663852886e38, tl.float32)
-    b_sum = tl.zeros([BLOCK_M], tl.float32)
+    softmax = (zero_rows(COLUMNS, BLOCK_M), b_max, tl.zeros([BLOCK_M], tl.float32))
     # a tail of its own spares the other blocks their masks; float32 needs the registers that two copies take
     whole = keys // BLOCK_N * BLOCK_N if SPLIT_TAIL else 0
     for i_key in range(0, whole, BLOCK_N):
-        b_acc_lo, b_acc_hi, b_max, b_sum = _attend(
-            b_acc_lo, b_acc_hi, b_max, b_sum, b_q_lo, b_q_hi, k, v, k_hi, v_hi, stride_k, stride_v, i_batch, i_head,
-            i_key, keys, scale, D, LO, HI, BLOCK_M, BLOCK_N, TMA, NEGATED, False,
-        )  # fmt: skip
+        softmax = _attend(softmax, b_q, k_rows, v_rows, i_key, scale, COLUMNS, BLOCK_N, NEGATED, False)
     for i_tail in tl.range(whole, keys, BLOCK_N, num_stages=1 if SPLIT_TAIL else None):
-        b_acc_lo, b_acc_hi, b_max, b_sum = _attend(
-            b_acc_lo, b_acc_hi, b_max, b_sum, b_q_lo, b_q_hi, k, v, k_hi, v_hi, stride_k, stride_v, i_batch, i_head,
-            i_tail, keys, scale, D, LO, HI, BLOCK_M, BLOCK_N, TMA, NEGATED, True,
-        )  # fmt: skip
-    p_out_rows = p_out + (i_batch.to(tl.int64) * tokens * (not PACKED) + i_row) * stride_out + i_head * D
-    store_rows(p_out_rows, stride_out, keys - i_query, b_acc_lo / b_sum[:, None], 0, 0, D, BLOCK_M, LO)
-    if HI:
-        store_rows(p_out_rows, stride_out, keys - i_query, b_acc_hi / b_sum[:, None], HI_COL, LO, D, BLOCK_M, HI)
-    o_row = tl.arange(0, BLOCK_M)
-    # [B, H, N]; [H, T] is the same with one image
-    p_lse_rows = p_lse + (i_batch.to(tl.int64) * heads * (not PACKED) + i_head) * tokens + i_row
-    tl.store(p_lse_rows + o_row, (b_max * scale + tl.log2(b_sum)) * 0.6931471805599453, mask=o_row < keys - i_query)
+        softmax = _attend(softmax, b_q, k_rows, v_rows, i_tail, scale, COLUMNS, BLOCK_N, NEGATED, True)
+    b_acc, b_max, b_sum = softmax
+    out_rows = dense_rows(p_out, dense, head, i_query, D, PACKED)
+    store_rows(out_rows, [b / b_sum[:, None] for b in b_acc], COLUMNS, BLOCK_M)
+    p_lse_rows = statistics(p_lse, dense, head, i_query, PACKED) + tl.arange(0, BLOCK_M)
+    b_lse = (b_max * scale + tl.log2(b_sum)) * constants.LN_2
+    tl.store(p_lse_rows, b_lse, mask=tl.arange(0, BLOCK_M) < keys - i_query)
 
 
 def attention_fwd(

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .._launch import descriptor, descriptor_fields, planned, select_for, split
+from .._launch import descriptor, descriptor_like, planned, select_for, split
 from ..blocks.strides import in_units
 
 # what calls of one model differ by, for which kernels are not to be compiled again
@@ -35,7 +35,7 @@ class Plan(NamedTuple):
     sizes: tuple[Any, ...]
     constants: dict[str, Any]
     options: dict[str, Any]
-    descriptors: tuple[tuple[dict[str, Any], dict[str, Any]], ...]
+    descriptors: tuple[tuple[Any, Any], ...]
 
     def streams(self, *tensors: Tensor) -> list[tuple[Any, Any]]:
         """What kernels take of the tensors that they loop over: descriptors in blocks of LO and of HI columns, or the
@@ -94,9 +94,7 @@ def plan(
     if config["TMA"]:
         dense = [images, heads, tokens, head_dim]
         descriptors = tuple(
-            tuple(
-                descriptor_fields(dtype, dense, (x[0], x[2], x[1], 1), [1, 1, rows, width]) for width in (lo, hi or lo)
-            )
+            tuple(descriptor_like(dtype, dense, (x[0], x[2], x[1], 1), [1, 1, rows, width]) for width in (lo, hi or lo))
             for x in streamed
         )
     return Plan(

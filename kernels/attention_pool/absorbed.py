@@ -10,8 +10,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .._launch import Kernel, launch, select
+from ..blocks import operands
 from ..blocks.softmax import softmax_slots, trace_of_bias
-from ..blocks.windows import feature_at, slot_patch, stride_at, window_number
+from ..blocks.windows import feature_at, slot_patch, window_number
 from .windows import PER_CALL, Windows, blocks, example_windows, tiled
 
 
@@ -57,13 +58,19 @@ def attention_pool_fwd_absorbed_kernel(
     """Queries times W_K [W, H, L*C] and the features -> the features pooled [W, H, L*C], dense; the keys' bias [H*DK]
     counts where it is not finite. Strides are in units of UNIT. Grid: heads, fastest, then blocks of windows. The
     features are read twice, the second time from a cache."""
+    GRID: tl.constexpr = operands.Grid(ROWS, COLS, WINDOW_ROWS, WINDOW_COLS)
+    features = operands.Features(
+        (p_0, p_1, p_2, p_3),
+        (stride_0t, stride_1t, stride_2t, stride_3t),
+        (stride_0n, stride_1n, stride_2n, stride_3n),
+    )
     i_head = tl.program_id(0) % H
     o_window = tl.program_id(0) // H * BLOCK_W + tl.arange(0, BLOCK_W)
     m_window = o_window < windows
     o_slot = tl.arange(0, J_PADDED)
     J: tl.constexpr = WINDOW_ROWS * WINDOW_COLS
     i_window = window_number(p_keep, o_window, windows, all_windows, HAS_KEEP)[:, None]
-    i_tile, i_patch, m_slot = slot_patch(i_window, o_slot[None, :], ROWS, COLS, WINDOW_ROWS, WINDOW_COLS)
+    i_tile, i_patch, m_slot = slot_patch(i_window, o_slot[None, :], GRID)
     m_slot = m_slot & m_window[:, None] & (o_slot < J)[None, :]
     b_kind = tl.zeros([BLOCK_W, J_PADDED], tl.int32)
     if HAS_PAD:
@@ -72,10 +79,8 @@ def attention_pool_fwd_absorbed_kernel(
 
     b_s = tl.zeros([BLOCK_W, J_PADDED], tl.float32)
     for i_feature in tl.static_range(L):
-        p_x = feature_at(p_0, p_1, p_2, p_3, i_feature)
-        stride_t = stride_at(stride_0t, stride_1t, stride_2t, stride_3t, i_feature, UNIT)
-        stride_n = stride_at(stride_0n, stride_1n, stride_2n, stride_3n, i_feature, UNIT)
-        p_rows = p_x + i_tile * stride_t + i_patch * stride_n  # [BW, J]
+        feature = feature_at(features, i_feature, UNIT)
+        p_rows = feature.first + i_tile * feature.tile_stride + i_patch * feature.patch_stride  # [BW, J]
         for i_c in range(0, C, BLOCK_C):
             o_col = i_c + tl.arange(0, BLOCK_C)
             m_col = o_col < C
@@ -87,10 +92,8 @@ def attention_pool_fwd_absorbed_kernel(
         b_s += trace_of_bias(p_bias + i_head * DK, DK, BLOCK_C)
     b_p = softmax_slots(b_s, scale, o_slot, J)
     for i_feature in tl.static_range(L):
-        p_x = feature_at(p_0, p_1, p_2, p_3, i_feature)
-        stride_t = stride_at(stride_0t, stride_1t, stride_2t, stride_3t, i_feature, UNIT)
-        stride_n = stride_at(stride_0n, stride_1n, stride_2n, stride_3n, i_feature, UNIT)
-        p_rows = p_x + i_tile * stride_t + i_patch * stride_n
+        feature = feature_at(features, i_feature, UNIT)
+        p_rows = feature.first + i_tile * feature.tile_stride + i_patch * feature.patch_stride
         for i_c in range(0, C, BLOCK_C):
             o_col = i_c + tl.arange(0, BLOCK_C)
             m_col = o_col < C

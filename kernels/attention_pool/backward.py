@@ -16,7 +16,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .._launch import Kernel, launch, select
+from ..blocks import operands
 from ..blocks.softmax import softmax_slots, trace_of_bias
+from ..blocks.windows import patch_slot
 from .windows import PER_CALL, Windows, blocks, example_windows, tiled
 
 
@@ -132,13 +134,8 @@ def attention_pool_bwd_scatter_kernel(
     m_col = o_col < C
     o_wide = i_feature * C + o_col
     J: tl.constexpr = WINDOW_ROWS * WINDOW_COLS
-    ACROSS: tl.constexpr = (COLS + WINDOW_COLS - 1) // WINDOW_COLS
-    DOWN: tl.constexpr = (ROWS + WINDOW_ROWS - 1) // WINDOW_ROWS
-    i_row = i_patch // COLS % ROWS
-    i_col = i_patch % COLS
-    i_tile = i_patch // (ROWS * COLS)
-    i_window = (i_tile * DOWN + i_row // WINDOW_ROWS) * ACROSS + i_col // WINDOW_COLS
-    i_slot = i_row % WINDOW_ROWS * WINDOW_COLS + i_col % WINDOW_COLS
+    GRID: tl.constexpr = operands.Grid(ROWS, COLS, WINDOW_ROWS, WINDOW_COLS)
+    i_window, i_slot = patch_slot(i_patch, GRID)
     begin, end = i_window, i_window + 1
     if HAS_KEEP:
         # the first of the sorted windows that is not below this patch's, and the first that is above

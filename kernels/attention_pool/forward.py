@@ -33,8 +33,9 @@ from torch import Tensor
 
 from .._interpreter import patch_interpreter
 from .._launch import Kernel, launch, select
+from ..blocks import operands
 from ..blocks.softmax import softmax_slots, trace_of_bias
-from ..blocks.windows import feature_at, slot_patch, stride_at, window_number
+from ..blocks.windows import feature_at, slot_patch, window_number
 from .windows import PER_CALL, Windows, blocks, example_windows, tiled
 
 patch_interpreter()
@@ -89,6 +90,7 @@ def attention_pool_fwd_slots_kernel(
 ):
     """L features [T, N, C] of strides in units of UNIT -> mean [W, L*C] and, if wanted, slots [W*J, L*C], dense. Grid:
     blocks of a feature's columns, fastest, then features, then blocks of windows. Each slot is read once."""
+    GRID: tl.constexpr = operands.Grid(ROWS, COLS, WINDOW_ROWS, WINDOW_COLS)
     BLOCKS: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     i_program = tl.program_id(0)
     i_feature = i_program // BLOCKS % L
@@ -97,16 +99,20 @@ def attention_pool_fwd_slots_kernel(
     o_window = i_program // (BLOCKS * L) * BLOCK_W + tl.arange(0, BLOCK_W)
     m_window = o_window < windows
     i_window = window_number(p_keep, o_window, windows, all_windows, HAS_KEEP)
-    p_x = feature_at(p_0, p_1, p_2, p_3, i_feature)
-    stride_t = stride_at(stride_0t, stride_1t, stride_2t, stride_3t, i_feature, UNIT)
-    stride_n = stride_at(stride_0n, stride_1n, stride_2n, stride_3n, i_feature, UNIT)
+    features = operands.Features(
+        (p_0, p_1, p_2, p_3),
+        (stride_0t, stride_1t, stride_2t, stride_3t),
+        (stride_0n, stride_1n, stride_2n, stride_3n),
+    )
+    feature = feature_at(features, i_feature, UNIT)
     J: tl.constexpr = WINDOW_ROWS * WINDOW_COLS
     o_wide = i_feature * C + o_col
     b_sum = tl.zeros([BLOCK_W, BLOCK_C], tl.float32)
     for i_slot in tl.range(0, J, loop_unroll_factor=4):
-        i_tile, i_patch, inside = slot_patch(i_window, i_slot, ROWS, COLS, WINDOW_ROWS, WINDOW_COLS)
+        i_tile, i_patch, inside = slot_patch(i_window, i_slot, GRID)
         inside = inside & m_window
-        p_row = p_x + (i_tile * stride_t + i_patch * stride_n)[:, None] + o_col[None, :]
+        o_patch = i_tile * feature.tile_stride + i_patch * feature.patch_stride
+        p_row = feature.first + o_patch[:, None] + o_col[None, :]
         mask = inside[:, None] & m_col[None, :]
         b_x = tl.load(p_row, mask=mask, other=0).to(tl.float32)
         i_flat = i_tile * (ROWS * COLS) + i_patch
@@ -151,6 +157,7 @@ def attention_pool_fwd_kernel(
     GATHERED rows are the windows' slots, J a window; else they are the patches of all tiles, and pad_kv
     [2, H*(DK+DV)] is what the pad embeddings add to them. Grid: heads, fastest, then blocks of windows.
     """
+    GRID: tl.constexpr = operands.Grid(ROWS, COLS, WINDOW_ROWS, WINDOW_COLS)
     i_head = tl.program_id(0) % H
     o_window = tl.program_id(0) // H * BLOCK_W + tl.arange(0, BLOCK_W)
     m_window = o_window < windows
@@ -162,7 +169,7 @@ def attention_pool_fwd_kernel(
         m_row = m_window[:, None] & (o_slot < J)[None, :]
     else:
         i_window = window_number(p_keep, o_window, windows, all_windows, HAS_KEEP)[:, None]
-        i_tile, i_patch, m_row = slot_patch(i_window, o_slot[None, :], ROWS, COLS, WINDOW_ROWS, WINDOW_COLS)
+        i_tile, i_patch, m_row = slot_patch(i_window, o_slot[None, :], GRID)
         i_row = i_tile * (ROWS * COLS) + i_patch
         m_row = m_row & m_window[:, None] & (o_slot < J)[None, :]
     b_kind = tl.zeros([BLOCK_W, J_PADDED], tl.int32)

@@ -1,88 +1,103 @@
-"""Blocks of rows of a matrix whose width is no power of two: read and written as LO + HI columns, by pointers or by
-descriptors."""
+"""Blocks of rows of a matrix whose width is no power of two, by pointers or by descriptors.
+
+Such a block is a tuple: of LO columns, or of LO and of HI, each a power of two. What is done to both is a loop over
+`tl.static_range(len(block))`, in which column blocks are multiplied with one another.
+"""
 
 import triton
 import triton.language as tl
 
+from . import operands
+
 
 @triton.jit
-def load_rows(
-    p_rows,
-    stride,
+def load_rows(rows, COLUMNS: tl.constexpr, ROWS: tl.constexpr):
+    """The first ROWS rows, with zeros beyond the last; each column once, with zeros in HI for those that LO has."""
+    # HI first: the other way, the gradient by k and v at D 72 is a register over what sm_90 has
+    b_hi = ()
+    if COLUMNS.HI:
+        HI_COL: tl.constexpr = COLUMNS.LO if COLUMNS.TMA else COLUMNS.D - COLUMNS.HI
+        b_hi = (_load(rows, HI_COL, COLUMNS.LO, COLUMNS.HI, COLUMNS, ROWS, True),)
+    b_lo = (_load(rows, 0, 0, COLUMNS.LO, COLUMNS, ROWS, True),)
+    return b_lo + b_hi
+
+
+@triton.jit
+def store_rows(rows, b_rows, COLUMNS: tl.constexpr, ROWS: tl.constexpr):
+    """The reverse of `load_rows`, converting to the tensor's dtype."""
+    _store(rows, b_rows[0], 0, 0, COLUMNS.LO, COLUMNS, ROWS)
+    if COLUMNS.HI:
+        HI_COL: tl.constexpr = COLUMNS.LO if COLUMNS.TMA else COLUMNS.D - COLUMNS.HI
+        _store(rows, b_rows[1], HI_COL, COLUMNS.LO, COLUMNS.HI, COLUMNS, ROWS)
+
+
+@triton.jit
+def stream_rows(stream, i_row, COLUMNS: tl.constexpr, ROWS: tl.constexpr, MASKED: tl.constexpr):
+    """ROWS rows from i_row on, zeros beyond the last if MASKED or by descriptors.
+
+    By pointers, HI has columns that LO has as well: whoever they are multiplied with has zeros there.
+    """
+    if COLUMNS.TMA:
+        b_rows = (stream.lo.load([stream.i_batch, stream.i_head, i_row, 0]).reshape(ROWS, COLUMNS.LO),)
+        if COLUMNS.HI:
+            b_hi = stream.hi.load([stream.i_batch, stream.i_head, i_row, COLUMNS.LO])
+            b_rows += (b_hi.reshape(ROWS, COLUMNS.HI),)
+    else:
+        rows = operands.Rows(stream.lo + tl.cast(i_row, tl.int64) * stream.stride, stream.stride, stream.count - i_row)
+        b_rows = (_load(rows, 0, 0, COLUMNS.LO, COLUMNS, ROWS, MASKED),)
+        if COLUMNS.HI:
+            b_rows += (_load(rows, COLUMNS.D - COLUMNS.HI, 0, COLUMNS.HI, COLUMNS, ROWS, MASKED),)
+    return b_rows
+
+
+@triton.jit
+def zero_rows(COLUMNS: tl.constexpr, ROWS: tl.constexpr):
+    """ROWS rows of float32 zeros."""
+    b_rows = (tl.zeros([ROWS, COLUMNS.LO], tl.float32),)
+    if COLUMNS.HI:
+        b_rows += (tl.zeros([ROWS, COLUMNS.HI], tl.float32),)
+    return b_rows
+
+
+@triton.jit
+def _load(
     rows,
     COL: tl.constexpr,
     FIRST: tl.constexpr,
-    D: tl.constexpr,
-    ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    ROWS: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """Columns COL to COL + WIDTH of ROWS rows; zeros before column FIRST and from D on and, if MASKED, from row `rows`
-    on."""
+    """Columns COL to COL + WIDTH of ROWS rows; zeros before column FIRST and from D on and, if MASKED, beyond the last
+    row."""
     o_row = tl.arange(0, ROWS)[:, None].to(tl.int64)
     o_col = COL + tl.arange(0, WIDTH)[None, :]
-    p_tile = p_rows + o_row * stride + o_col
-    if COL >= FIRST and COL + WIDTH <= D:
+    p_tile = rows.first + o_row * rows.stride + o_col
+    if COL >= FIRST and COL + WIDTH <= COLUMNS.D:
         if MASKED:
-            return tl.load(p_tile, mask=o_row < rows, other=0)
+            return tl.load(p_tile, mask=o_row < rows.count, other=0)
         else:
             return tl.load(p_tile)
-    m_col = (o_col >= FIRST) & (o_col < D)
+    m_col = (o_col >= FIRST) & (o_col < COLUMNS.D)
     if MASKED:
-        return tl.load(p_tile, mask=m_col & (o_row < rows), other=0)
+        return tl.load(p_tile, mask=m_col & (o_row < rows.count), other=0)
     else:
         return tl.load(p_tile, mask=m_col & (o_row >= 0), other=0)
 
 
 @triton.jit
-def store_rows(
-    p_rows,
-    stride,
+def _store(
     rows,
     b_rows,
     COL: tl.constexpr,
     FIRST: tl.constexpr,
-    D: tl.constexpr,
-    ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    ROWS: tl.constexpr,
 ):
-    """The reverse of `load_rows`, converting to the tensor's dtype."""
+    """The reverse of a masked `_load`."""
     o_row = tl.arange(0, ROWS)[:, None]
     o_col = COL + tl.arange(0, WIDTH)[None, :]
-    mask = (o_row < rows) & (o_col >= FIRST) & (o_col < D)
-    tl.store(p_rows + o_row * stride + o_col, b_rows.to(p_rows.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def stream_rows(
-    x,
-    x_hi,
-    stride,
-    i_batch,
-    i_head,
-    i_row,
-    rows,
-    D: tl.constexpr,
-    LO: tl.constexpr,
-    HI: tl.constexpr,
-    ROWS: tl.constexpr,
-    TMA: tl.constexpr,
-    MASKED: tl.constexpr,
-):
-    """ROWS rows from i_row on of a tensor of `rows`: its first LO columns and, if there are HI, its last.
-
-    Pointers take the HI columns that end at D, though some are in LO too, as that needs no mask: whoever they are
-    multiplied with has zeros there. Descriptors take those from LO on and fill with zeros.
-    """
-    if TMA:
-        b_lo = x.load([i_batch, i_head, i_row, 0]).reshape(ROWS, LO)
-        b_hi = b_lo
-        if HI:
-            b_hi = x_hi.load([i_batch, i_head, i_row, LO]).reshape(ROWS, HI)
-    else:
-        p_rows = x + tl.cast(i_row, tl.int64) * stride
-        b_lo = load_rows(p_rows, stride, rows - i_row, 0, 0, D, ROWS, LO, MASKED)
-        b_hi = b_lo
-        if HI:
-            b_hi = load_rows(p_rows, stride, rows - i_row, D - HI, 0, D, ROWS, HI, MASKED)
-    return b_lo, b_hi
+    mask = (o_row < rows.count) & (o_col >= FIRST) & (o_col < COLUMNS.D)
+    tl.store(rows.first + o_row * rows.stride + o_col, b_rows.to(rows.first.dtype.element_ty), mask=mask)

@@ -22,10 +22,3 @@ def in_units(dtype: torch.dtype, *strides: int) -> tuple[int, tuple[int, ...]]:
 def in_elements(stride, UNIT: tl.constexpr):
     """The reverse, in 64 bits."""
     return tl.cast(stride, tl.int64) * UNIT
-
-
-@triton.jit
-def image_head(i_batch, i_head, stride_b, stride_h, UNIT: tl.constexpr):
-    """Where one head of an image starts."""
-    stride_b, stride_h = in_elements(stride_b, UNIT), in_elements(stride_h, UNIT)
-    return i_batch * stride_b + i_head * stride_h

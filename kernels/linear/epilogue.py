@@ -14,35 +14,30 @@ from torch import Tensor
 
 from .._interpreter import patch_interpreter
 from .._launch import Kernel, launch, select
+from ..blocks import constants
 from ..blocks.strides import in_elements, in_units
 
 patch_interpreter()
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-# tanh-GELU is x * sigmoid(2u) with u = sqrt(2 / pi) * (x + 0.044715 x^3): these are 2 sqrt(2 / pi) and its cubic part
-_TANH_LINEAR = tl.constexpr(1.5957691216057308)
-_TANH_CUBIC = tl.constexpr(0.07135481282553575)
-_LOG2_E = tl.constexpr(1.4426950408889634)
-_SQRT_HALF = tl.constexpr(0.7071067811865476)
-_NORMAL_AT_0 = tl.constexpr(0.3989422804014327)
-
 
 @triton.jit
 def _sigmoid(b_x):
     # in base 2, which is the hardware's; an exponential that overflows gives the limit, 0
-    return 1 / (1 + tl.exp2(-b_x * _LOG2_E))
+    return 1 / (1 + tl.exp2(-b_x * constants.LOG2_E))
 
 
 @triton.jit
 def _activate(b_x, ACTIVATION: tl.constexpr):
     """act(x) in float32."""
     if ACTIVATION == "gelu_tanh":
-        return b_x / (1 + tl.exp2(-b_x * (_TANH_LINEAR + _TANH_CUBIC * b_x * b_x) * _LOG2_E))
+        b_exponent = -b_x * (constants.GELU_TANH_LINEAR + constants.GELU_TANH_CUBIC * b_x * b_x)
+        return b_x / (1 + tl.exp2(b_exponent * constants.LOG2_E))
     elif ACTIVATION == "gelu":
-        return b_x * (0.5 * (1 + tl.erf(b_x * _SQRT_HALF)))
+        return b_x * (0.5 * (1 + tl.erf(b_x * constants.SQRT_HALF)))
     elif ACTIVATION == "silu":
-        return b_x / (1 + tl.exp2(-b_x * _LOG2_E))
+        return b_x / (1 + tl.exp2(-b_x * constants.LOG2_E))
     else:
         return b_x
 
@@ -51,14 +46,15 @@ def _activate(b_x, ACTIVATION: tl.constexpr):
 def _slope(b_x, ACTIVATION: tl.constexpr):
     """act'(x) in float32."""
     if ACTIVATION == "gelu_tanh":
-        b_sigmoid = _sigmoid(b_x * (_TANH_LINEAR + _TANH_CUBIC * b_x * b_x))
+        b_sigmoid = _sigmoid(b_x * (constants.GELU_TANH_LINEAR + constants.GELU_TANH_CUBIC * b_x * b_x))
         # beyond 30 the sigmoid's own slope is 0, which a square that overflows would turn into NaN
         b_near = tl.minimum(tl.maximum(b_x, -30.0), 30.0)
-        b_rise = b_sigmoid * (1 - b_sigmoid) * (_TANH_LINEAR + 3 * _TANH_CUBIC * b_near * b_near)
+        b_steepness = constants.GELU_TANH_LINEAR + 3 * constants.GELU_TANH_CUBIC * b_near * b_near
+        b_rise = b_sigmoid * (1 - b_sigmoid) * b_steepness
         return b_sigmoid + b_x * b_rise
     elif ACTIVATION == "gelu":
-        b_normal = _NORMAL_AT_0 * tl.exp2(b_x * b_x * (-0.5 * _LOG2_E))
-        return 0.5 * (1 + tl.erf(b_x * _SQRT_HALF)) + b_x * b_normal
+        b_normal = constants.NORMAL_AT_0 * tl.exp2(b_x * b_x * (-0.5 * constants.LOG2_E))
+        return 0.5 * (1 + tl.erf(b_x * constants.SQRT_HALF)) + b_x * b_normal
     else:
         b_sigmoid = _sigmoid(b_x)
         return b_sigmoid * (1 + b_x * (1 - b_sigmoid))

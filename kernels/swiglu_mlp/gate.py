@@ -18,7 +18,7 @@ from .._launch import (
     Kernel,
     Launch,
     descriptor,
-    descriptor_fields,
+    descriptor_like,
     launch,
     planned,
     select,
@@ -26,6 +26,7 @@ from .._launch import (
     split,
     start,
 )
+from ..blocks import operands
 from ..blocks.strides import in_elements, in_units
 
 patch_interpreter()
@@ -51,50 +52,44 @@ def _load_rows(p_rows, o_row, stride, i_col, cols, WIDTH: tl.constexpr, EVEN: tl
 
 @triton.jit
 def _hidden_tile(
-    x,
-    w_up,
-    p_bias,
-    hidden,
+    tensors,
     i_tile,
-    rows,
-    channels,
-    features,
+    sizes,
     stride_x,
     STRIDE_W: tl.constexpr,
+    TILE: tl.constexpr,
     BIAS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    GROUP_M: tl.constexpr,
     EVEN_K: tl.constexpr,
     TMA: tl.constexpr,
 ):
-    """Tile number i_tile of `hidden`; GROUP_M tiles of rows take turns at the same weights, which stay in the cache."""
-    row_tiles = tl.cdiv(rows, BLOCK_M)
-    group = GROUP_M * tl.cdiv(features, BLOCK_N)
-    i_first = i_tile // group * GROUP_M
-    group_rows = tl.minimum(row_tiles - i_first, GROUP_M)
-    i_row = (i_first + i_tile % group % group_rows) * BLOCK_M
-    i_col = i_tile % group // group_rows * BLOCK_N
-    o_row = i_row + tl.arange(0, BLOCK_M)
-    o_col = i_col + tl.arange(0, BLOCK_N)
+    """Tile number i_tile of `hidden`; tiles of rows take turns at the same weights, which stay in the cache."""
+    x, w_up, p_bias, hidden = tensors
+    rows, channels, features = sizes
+    row_tiles = tl.cdiv(rows, TILE.M)
+    group = TILE.GROUP * tl.cdiv(features, TILE.N)
+    i_first = i_tile // group * TILE.GROUP
+    group_rows = tl.minimum(row_tiles - i_first, TILE.GROUP)
+    i_row = (i_first + i_tile % group % group_rows) * TILE.M
+    i_col = i_tile % group // group_rows * TILE.N
+    o_row = i_row + tl.arange(0, TILE.M)
+    o_col = i_col + tl.arange(0, TILE.N)
     # rows and columns beyond the last repeat it, and are not stored
     o_x = tl.minimum(o_row, rows - 1)
-    o_half = tl.arange(0, 2 * BLOCK_N)
-    o_w = tl.minimum(i_col + o_half % BLOCK_N, features - 1) + o_half // BLOCK_N * features
+    o_half = tl.arange(0, 2 * TILE.N)
+    o_w = tl.minimum(i_col + o_half % TILE.N, features - 1) + o_half // TILE.N * features
     # without it the compiler clears the accumulator between the products' start and end, which puts them in series
     tl.assume(channels > 0)
     # value and gate side by side, so that one matrix instruction is as wide as the hardware has it
-    b_acc = tl.zeros([BLOCK_M, 2 * BLOCK_N], tl.float32)
-    for i_k in range(0, channels, BLOCK_K):
+    b_acc = tl.zeros([TILE.M, 2 * TILE.N], tl.float32)
+    for i_k in range(0, channels, TILE.K):
         if TMA:
             b_x = x.load([i_row, i_k])
-            b_w = w_up.load([0, i_col, i_k]).reshape(2 * BLOCK_N, BLOCK_K)
+            b_w = w_up.load([0, i_col, i_k]).reshape(2 * TILE.N, TILE.K)
         else:
-            b_x = _load_rows(x, o_x, stride_x, i_k, channels, BLOCK_K, EVEN_K)
-            b_w = _load_rows(w_up, o_w, STRIDE_W, i_k, channels, BLOCK_K, EVEN_K)
+            b_x = _load_rows(x, o_x, stride_x, i_k, channels, TILE.K, EVEN_K)
+            b_w = _load_rows(w_up, o_w, STRIDE_W, i_k, channels, TILE.K, EVEN_K)
         b_acc = tl.dot(b_x, b_w.T, b_acc)
-    b_value, b_gate = b_acc.reshape(BLOCK_M, 2, BLOCK_N).permute(0, 2, 1).split()  # [BM, BN] each
+    b_value, b_gate = b_acc.reshape(TILE.M, 2, TILE.N).permute(0, 2, 1).split()  # [BM, BN] each
     if BIAS:
         m_col = o_col < features
         b_value += tl.load(p_bias + o_col, mask=m_col, other=0).to(tl.float32)[None, :]
@@ -140,19 +135,15 @@ def swiglu_mlp_fwd_kernel(
 
     FLOPs: 4 * rows * channels * features. Least bytes: x, w_up and hidden once.
     """
+    TILE: tl.constexpr = operands.Tile(BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M)
+    tensors, sizes = (x, w_up, p_bias, hidden), (rows, channels, features)
     stride_x = in_elements(stride_x, UNIT)
     if PERSISTENT:
         tiles = tl.cdiv(rows, BLOCK_M) * tl.cdiv(features, BLOCK_N)
         for i_tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
-            _hidden_tile(
-                x, w_up, p_bias, hidden, i_tile, rows, channels, features, stride_x, STRIDE_W, BIAS, BLOCK_M, BLOCK_N,
-                BLOCK_K, GROUP_M, EVEN_K, TMA,
-            )  # fmt: skip
+            _hidden_tile(tensors, i_tile, sizes, stride_x, STRIDE_W, TILE, BIAS, EVEN_K, TMA)
     else:
-        _hidden_tile(
-            x, w_up, p_bias, hidden, tl.program_id(0), rows, channels, features, stride_x, STRIDE_W, BIAS, BLOCK_M,
-            BLOCK_N, BLOCK_K, GROUP_M, EVEN_K, TMA,
-        )  # fmt: skip
+        _hidden_tile(tensors, tl.program_id(0), sizes, stride_x, STRIDE_W, TILE, BIAS, EVEN_K, TMA)
 
 
 @triton.jit(do_not_specialize=["blocks", "stride_up"])
@@ -198,13 +189,13 @@ def swiglu_mlp_bwd_kernel(
 
 
 class _Plan(NamedTuple):
-    """All of a launch but its tensors; the fields of descriptors of x, w_up and hidden, where it takes any."""
+    """All of a launch but its tensors; descriptors like those of x, w_up and hidden, where it takes any."""
 
     grid: tuple[int]
     sizes: tuple[int, ...]
     constants: dict[str, Any]
     options: dict[str, Any]
-    descriptors: tuple[dict[str, Any], ...]
+    descriptors: tuple[Any, ...]
 
 
 @planned
@@ -240,7 +231,7 @@ def _plan(
         (min(tiles, _multiprocessors(device)) if config["PERSISTENT"] else tiles,),
         (rows, channels, features, *in_unit),
         *split(config, constants),
-        tuple(descriptor_fields(dtype, *fields) for fields in blocks),
+        tuple(descriptor_like(dtype, *block) for block in blocks),
     )
 
 
@@ -266,7 +257,7 @@ def swiglu_mlp_fwd(x: Tensor, w_up: Tensor, b_up: Tensor | None) -> Tensor:
     how = _plan(rows, channels, features, *strides, b_up is not None, x.dtype, x.device, aligned)
     tensors = (x, w_up, hidden)
     if how.descriptors:
-        tensors = tuple(descriptor(fields, tensor) for fields, tensor in zip(how.descriptors, tensors, strict=True))
+        tensors = tuple(descriptor(like, tensor) for like, tensor in zip(how.descriptors, tensors, strict=True))
     # without a bias, any tensor in its place: `start` asks the first for its device
     args = (*tensors[:2], hidden if b_up is None else b_up.contiguous(), tensors[2], *how.sizes)
     start(Launch(swiglu_mlp_fwd_kernel, how.grid, args, how.constants, how.options))
