@@ -14,7 +14,7 @@ import torch
 import vlmkern
 from vlmkern import ops
 
-# a Zen 4 core at 3.7 GHz takes 26 for attention and 31 for add_layer_norm, most of it in torch's dispatcher; slower cores exist
+# a Zen 4 core takes 26 for attention and 35 for add_layer_norm, most of it in torch's dispatcher; slower cores exist
 LIMIT_US = 60
 
 
