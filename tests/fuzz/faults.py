@@ -308,4 +308,20 @@ def backward_call(problem: Problem) -> BackwardCall:
         )
         summed = outputs[1] if a["residual"] is not None else a["x"]
         inputs = {"grad_summed": grads[1], "summed": summed} | {name: a[name] for name in ("weight", "bias", "eps")}
-    return BackwardCall(problem, {"grad": grad} | inputs | {"wanted": wanted}, results, results, grads)
+    arguments = {"grad": grad} | inputs | {"wanted": wanted}
+    kept = {"linear": "before", "swiglu_mlp": "up"}.get(problem.op)
+    if kept is not None:
+        arguments[kept] = _kept(problem) if draw.chance(0.5) else None
+    return BackwardCall(problem, arguments, results, results, grads)
+
+
+def _kept(problem: Problem) -> Tensor:
+    """What the forward keeps for its gradients, laid out at random."""
+    a = problem.arguments
+    names = {
+        "linear": ("x", "weight", "bias", "activation", "residual"),
+        "swiglu_mlp": ("x", "w_up", "w_down", "b_up", "b_down"),
+    }[problem.op]
+    with torch.no_grad():
+        kept = getattr(torch.ops.vlmkern, f"{problem.op}_keep")(*(a[name] for name in names))[1]
+    return problem.arena.tensor(kept, problem.dtype, distinct=True)

@@ -151,3 +151,28 @@ def test_what_was_kept_is_checked(shape):
         torch.ops.vlmkern.linear_bwd(grad, x, w_up, b_up, "silu", [True] * 4, wrong)
     with pytest.raises(ValueError, match=r"up: got shape"):
         torch.ops.vlmkern.swiglu_mlp_bwd(grad[..., :OUT], x, w_up, w_down, b_up, [True] * 5, wrong)
+
+
+@pytest.mark.parametrize("backend", op_backends("linear_bwd"))
+def test_what_was_kept_may_have_any_strides(backend):
+    x, w_up, w_down, b_up, _ = (t.detach().float() for t in tensors())
+    kept = torch.nn.functional.linear(x, w_up, b_up)
+    strided = torch.stack([kept.mT, kept.mT], -1)[..., 0].mT
+    grad = torch.randn_like(kept)
+    for given in (kept, strided):
+        of_linear = torch.ops.vlmkern.linear_bwd(grad, x, w_up, b_up, "silu", [True] * 4, given, backend)
+        of_swiglu = torch.ops.vlmkern.swiglu_mlp_bwd(grad[..., :OUT], x, w_up, w_down, b_up, [True] * 5, given, backend)
+        again = torch.ops.vlmkern.linear_bwd(grad, x, w_up, b_up, "silu", [True] * 4, None, "reference")
+        for a, b in zip(of_linear, again, strict=True):
+            torch.testing.assert_close(a, b)
+        again = torch.ops.vlmkern.swiglu_mlp_bwd(grad[..., :OUT], x, w_up, w_down, b_up, [True] * 5, None, "reference")
+        for a, b in zip(of_swiglu, again, strict=True):
+            torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("bad", ["x", 3.0, [1], None])
+@each_op
+def test_what_is_no_tensor_raises_as_ever(op, bad):
+    inputs = tensors()
+    with pytest.raises((TypeError, RuntimeError, ValueError)):
+        op(bad, *inputs[1:])

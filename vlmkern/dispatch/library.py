@@ -176,7 +176,7 @@ def define_differentiable(
 
 def differentiates(*tensors: Tensor | None) -> bool:
     """Whether autograd follows a call with these arguments: what its gradient can use is worth keeping."""
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    return torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in tensors)
 
 
 def autocast(op: torch._ops.OpOverload, *, keep: Sequence[str] = ()) -> None:

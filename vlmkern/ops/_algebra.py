@@ -131,7 +131,7 @@ def swiglu_mlp_bwd(
     want_x, want_w_up, want_w_down, want_b_up, want_b_down = wanted
     grads: list[Tensor] = []
     if want_x or want_w_up or want_w_down or want_b_up:
-        up = product(rows, w_up, b_up) if up is None else up.reshape(len(rows), len(w_up))
+        up = product(rows, w_up, b_up) if up is None else up.reshape(len(rows), len(w_up)).contiguous()
         d_up, hidden = silu_mul_bwd(product(d_out, w_down.T, None), up)
         if want_x:
             grads.append(product(d_up, w_up.T, None).view(x.shape))

@@ -59,7 +59,8 @@ def linear_bwd(p: LinearGradient) -> list[Tensor]:
         d_linear = kernels.activation_bwd_(d_out, F.linear(as_rows(x), weight), bias, activation)
     else:
         # a copy: what is kept belongs to autograd
-        d_linear = kernels.activation_bwd_(d_out, as_rows(before).clone(), None, activation)
+        mine = as_rows(before).clone(memory_format=torch.contiguous_format)
+        d_linear = kernels.activation_bwd_(d_out, mine, None, activation)
     grads = _algebra.linear_bwd(d_linear, x, weight, bias, "none", [*wanted[:3], False])
     if wanted[3]:
         # a copy: an op's result must not share memory with its arguments
