@@ -90,7 +90,7 @@ from vlmkern import ops
 names = {}
 for dtype in (torch.float32, torch.bfloat16, torch.float16):
     x, w, up = torch.ones(20, 8, dtype=dtype), torch.ones(6, 8, dtype=dtype), torch.ones(12, 8, dtype=dtype)
-    calls = ((ops.linear, x, w), (ops.linear, x[:8], w), (ops.linear, x[:4], w), (ops.swiglu_mlp, x, up, w[:, :6]))
+    calls = ((ops.linear, x, w), (ops.linear, x[:8], w), (ops.linear, x[:2], w), (ops.swiglu_mlp, x, up, w[:, :6]))
     names[str(dtype)] = [vlmkern.explain(*call)[0].kernel for call in calls]
 print(json.dumps(names))
 """

@@ -39,7 +39,7 @@ def test_every_provider_has_the_op_and_says_what_it_supports(name):
 @needs_native
 def test_what_is_explained_is_not_run(monkeypatch):
     monkeypatch.setattr(_cpu_products, "_few_rows", None)
-    p = linear(3)
+    p = linear(2)
     (decision,) = vlmkern.explain(ops.linear, p.x, p.weight)
     assert decision == ("linear", "native", "linear_few_rows", {})
     with pytest.raises(TypeError, match="NoneType"):
@@ -65,7 +65,7 @@ def test_what_raises_in_a_kernel_is_not_taken_for_a_refusal(monkeypatch):
         raise vlmkern.BackendUnavailable("from inside")
 
     monkeypatch.setattr(_cpu_products, "_few_rows", broken)
-    p = linear(3)
+    p = linear(2)
     with pytest.raises(vlmkern.BackendUnavailable, match="from inside"):
         ops.linear(p.x, p.weight)
 
@@ -104,7 +104,7 @@ def test_the_log_names_each_decision_once():
     code = """
 import torch, vlmkern
 for dtype in (torch.float32, torch.float64):
-    x, w = torch.randn(3, 24, dtype=dtype), torch.randn(16, 24, dtype=dtype)
+    x, w = torch.randn(2, 24, dtype=dtype), torch.randn(16, 24, dtype=dtype)
     for _ in range(3):
         vlmkern.ops.linear(x, w)
 """

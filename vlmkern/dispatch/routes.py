@@ -30,6 +30,8 @@ class Family(NamedTuple):
         float32: the route of float32 products, "oneDNN" or "torch".
         epilogues: activations that take less time in oneDNN's epilogue than in a pass of their own over the result.
         panels: whether products of 16-bit types that the CPU has no instructions for go in panels; else torch has them.
+        few_rows: rows of x up to which the few-rows kernel is the fastest, by dtype that the CPU has instructions for;
+            `FEW_ROWS` where it was not measured.
         measured: the figures that decided it, and their CPU. Of one thread, x [729, 1152] and W [4304, 1152] if nothing
             else is said.
     """
@@ -41,6 +43,7 @@ class Family(NamedTuple):
     epilogues: frozenset[str]
     panels: bool
     measured: str
+    few_rows: dict[torch.dtype, int] = {}  # noqa: RUF012 (never changed)
 
 
 FAMILIES = (
@@ -81,7 +84,11 @@ FAMILIES = (
         epilogues=_EVERY,
         panels=True,
         measured="Zen 4: float32 oneDNN 69 ms, MKL 77 (Zen 5: 223 to 241 GFLOP/s, 100 to 108); with gelu_tanh in the"
-        " epilogue 71, in a pass 74; float16 by torch 334, in panels 68; bfloat16, held to AVX512_CORE, 190 and 68",
+        " epilogue 71, in a pass 74; float16 by torch 334, in panels 68; bfloat16, held to AVX512_CORE, 190 and 68."
+        " Few rows against oneDNN, weights of 1152 x 4304 to 2048 x 12288: bfloat16 1 row 0.64 to 0.72 of its time,"
+        " 2 rows 0.78 to 0.98, 3 rows 0.76 to 1.13, 4 rows 0.85 to 1.24; float32 1 row 0.92 to 1.28, 2 rows 0.72 to"
+        " 1.21, 3 rows 0.80 to 1.30",
+        few_rows={torch.bfloat16: 3, torch.float32: 2},
     ),
     Family(
         "AVX2",
@@ -105,6 +112,9 @@ FAMILIES = (
 )
 """The first that a CPU belongs to is its family."""
 
+FEW_ROWS = 4
+"""Rows up to which the few-rows kernel is taken where nothing was measured: as many as it takes at a time."""
+
 PANEL_ROWS = 8
 """Rows of 16-bit types without instructions up to which the few-rows kernel, four at a time, is the fastest. Zen 4, as
 it is and held to AVX512_CORE and AVX2, weights 1152 x 4304 to 2048 x 12288: 8 rows in 0.71 to 0.99 of the panels'
@@ -122,6 +132,14 @@ def of_product(dtype: torch.dtype, target: Target) -> str:
     if dtype in target.onednn:
         return family(target).float32 if dtype == torch.float32 else "oneDNN"
     return "panels" if dtype in (torch.bfloat16, torch.float16) and family(target).panels else "torch"
+
+
+@functools.cache
+def few_rows(dtype: torch.dtype) -> int:
+    """Rows of x up to which the few-rows kernel is the fastest on this machine."""
+    if here(dtype) == "panels":
+        return PANEL_ROWS
+    return family(of_device("cpu")).few_rows.get(dtype, FEW_ROWS)
 
 
 @functools.cache

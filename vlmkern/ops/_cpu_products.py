@@ -41,9 +41,7 @@ def route(rows: int, weight: Tensor) -> str:
         return "oneDNN"
     if rows == 0 or weight.numel() == 0:
         return "torch"
-    many = routes.here(weight.dtype)
-    most = routes.PANEL_ROWS if many == "panels" else extension().max_linear_rows
-    return "few_rows" if rows <= most else many
+    return "few_rows" if rows <= routes.few_rows(weight.dtype) else routes.here(weight.dtype)
 
 
 def linear(
