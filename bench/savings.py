@@ -29,7 +29,7 @@ def savings() -> list[dict[str, Any]]:
         vision = VisionModel(JinaVLMConfig())
         vision.pos_embed.normal_()
         vision = vision.bfloat16().requires_grad_(False)
-        return [_blocks(vision), _windows(vision), _absorbed(vision), _twins(vision)]
+        return [_blocks(vision), _windows(vision), _absorbed(vision), _thumbnail(vision)]
     finally:
         torch.set_num_threads(threads)
 
@@ -90,7 +90,7 @@ def _absorbed(vision: VisionModel) -> dict[str, Any]:
     }
 
 
-def _twins(vision: VisionModel) -> dict[str, Any]:
+def _thumbnail(vision: VisionModel) -> dict[str, Any]:
     """A picture of one tile is its own thumbnail."""
     model, crops = counting.meta_model(), torch.rand(2, 729, 588) * 2 - 1
     return {

@@ -87,9 +87,9 @@ def test_load_state_dict_functional_call_and_deepcopy():
     layer(x)
     close(torch.func.functional_call(layer, dict(other.named_parameters()), (x,)), exact(other, x))
     close(layer(x), exact(layer, x))
-    twin = copy.deepcopy(layer)
-    twin.weight.data.zero_()
-    close(twin(x), exact(twin, x))
+    clone = copy.deepcopy(layer)
+    clone.weight.data.zero_()
+    close(clone(x), exact(clone, x))
     layer.load_state_dict(other.state_dict())
     close(layer(x), exact(other, x))
 

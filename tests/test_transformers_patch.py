@@ -88,12 +88,12 @@ def test_low_precision(dtype):
 
 def test_gradients_stay():
     model, inputs = siglip()
-    twin = copy.deepcopy(model)
-    patch(twin)
-    for each in (model, twin):
+    clone = copy.deepcopy(model)
+    patch(clone)
+    for each in (model, clone):
         each.train()
         each(**inputs).pooler_output.square().sum().backward()
-    for (name, expected), (_, actual) in zip(model.named_parameters(), twin.named_parameters(), strict=True):
+    for (name, expected), (_, actual) in zip(model.named_parameters(), clone.named_parameters(), strict=True):
         torch.testing.assert_close(actual.grad, expected.grad, rtol=1e-4, atol=1e-5, msg=name)
 
 
@@ -122,12 +122,12 @@ def test_saved_copied_and_moved(tmp_path):
     file.seek(0)
     assert torch.allclose(outputs(torch.load(file, weights_only=False), inputs), before, atol=1e-5)
 
-    twin = copy.deepcopy(model)
+    clone = copy.deepcopy(model)
     with torch.no_grad():
-        for p in twin.parameters():
+        for p in clone.parameters():
             p.zero_()
     # a copy runs on its own weights
-    assert outputs(twin, inputs).abs().max() == 0 and torch.equal(outputs(model, inputs), before)
+    assert outputs(clone, inputs).abs().max() == 0 and torch.equal(outputs(model, inputs), before)
 
     model.save_pretrained(tmp_path)
     loaded = transformers.SiglipVisionModel.from_pretrained(tmp_path).eval()

@@ -50,29 +50,29 @@ def test_copies_are_patched(patched, duplicate):
     model, inputs, attributes, before = patched
     with Calls() as calls:
         expected = outputs(model, inputs)
-    twin = duplicate(model)
+    clone = duplicate(model)
     with Calls() as again:
-        assert torch.equal(outputs(twin, inputs), expected)
+        assert torch.equal(outputs(clone, inputs), expected)
     assert again.names == calls.names and again.residuals == calls.residuals
-    assert not patch(twin) and len(patch(twin).passed_over) == 7
-    assert vars_of(twin) == vars_of(model)
+    assert not patch(clone) and len(patch(clone).passed_over) == 7
+    assert vars_of(clone) == vars_of(model)
 
     # its hooks are its own
     seen = []
-    blocks(twin)[0].mlp.activation_fn.register_forward_hook(lambda *_: seen.append("twin"))
+    blocks(clone)[0].mlp.activation_fn.register_forward_hook(lambda *_: seen.append("clone"))
     outputs(model, inputs)
     assert not seen
-    outputs(twin, inputs)
-    assert seen == ["twin"]
+    outputs(clone, inputs)
+    assert seen == ["clone"]
 
     # and so are its weights
     with torch.no_grad():
-        for p in twin.parameters():
+        for p in clone.parameters():
             p.zero_()
-    assert outputs(twin, inputs).abs().max() == 0 and torch.equal(outputs(model, inputs), expected)
+    assert outputs(clone, inputs).abs().max() == 0 and torch.equal(outputs(model, inputs), expected)
 
-    assert unpatch(twin) == 7
-    assert vars_of(twin) == attributes
+    assert unpatch(clone) == 7
+    assert vars_of(clone) == attributes
     with Calls() as calls:
         assert torch.equal(outputs(model, inputs), expected)
     assert calls.names
@@ -84,19 +84,19 @@ def test_copies_are_patched(patched, duplicate):
 def test_copies_of_unpatched_models(patched, duplicate):
     model, inputs, attributes, before = patched
     unpatch(model)
-    twin = duplicate(model)
-    assert vars_of(twin) == attributes and unpatch(twin) == 0
-    assert torch.equal(outputs(twin, inputs), before)
-    assert len(patch(twin)) == 7 and unpatch(model) == 0
+    clone = duplicate(model)
+    assert vars_of(clone) == attributes and unpatch(clone) == 0
+    assert torch.equal(outputs(clone, inputs), before)
+    assert len(patch(clone)) == 7 and unpatch(model) == 0
 
 
 @pytest.mark.parametrize("duplicate", COPIES.values(), ids=COPIES)
 def test_copies_of_one_module(patched, duplicate):
     layer, x = blocks(patched[0])[0], torch.randn(1, 9, 48)
     for module, arguments in ((layer, (x, None)), (layer.mlp, (x,)), (layer.self_attn, (x,))):
-        twin = duplicate(module)
+        clone = duplicate(module)
         with Calls() as calls, torch.no_grad():
-            actual, expected = twin(*arguments), module(*arguments)
+            actual, expected = clone(*arguments), module(*arguments)
         assert (
             len(calls.names) % 2 == 0 and calls.names[: len(calls.names) // 2] == calls.names[len(calls.names) // 2 :]
         )
@@ -139,6 +139,6 @@ def test_another_process(patched, tmp_path):
 
 def test_weights_that_are_saved_alone(patched):
     model, inputs, _, before = patched
-    twin, _ = siglip()
-    twin.load_state_dict(model.state_dict())
-    assert torch.equal(outputs(twin, inputs), before)
+    clone, _ = siglip()
+    clone.load_state_dict(model.state_dict())
+    assert torch.equal(outputs(clone, inputs), before)

@@ -64,7 +64,7 @@ def linear(rows=7, dtype=torch.float32):
     return lambda x, w, b, r: ops.linear(x, w, b, activation="gelu_tanh", residual=r), tuple(tensors)
 
 
-def linear_few_rows(rows=3, dtype=torch.float32):
+def linear_few_rows(rows=2, dtype=torch.float32):
     return linear(rows, dtype)
 
 
