@@ -101,16 +101,20 @@ def test_gradient_checkpointing():
     model, inputs = siglip()
     patch(model)
     model.train()
-    model(**inputs).last_hidden_state.square().sum().backward()
+    # not a sum of squares: behind a LayerNorm that is constant, and its gradients are rounding errors
+    probe = torch.randn_like(model(**inputs).last_hidden_state)
+    (model(**inputs).last_hidden_state * probe).sum().backward()
     expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
     model.gradient_checkpointing_enable()
     with Calls() as calls:
-        model(**inputs).last_hidden_state.square().sum().backward()
+        (model(**inputs).last_hidden_state * probe).sum().backward()
     assert calls.names.count("attention") == 4  # each block forward twice
+    # of all, as those of the keys' biases are rounding errors in any case
+    scale = max(gradient.abs().max().item() for gradient in expected.values())
     for name, p in model.named_parameters():
         if p.grad is not None:
-            torch.testing.assert_close(p.grad, expected[name])
+            torch.testing.assert_close(p.grad, expected[name], rtol=0, atol=2e-6 * scale)
 
 
 def test_saved_copied_and_moved(tmp_path):
