@@ -21,7 +21,7 @@ def main(path: str) -> None:
         suite, shape, dtype = case["group"].split("|")
         suites[suite][shape, dtype][case["extra_info"]["provider"]] = case
     machine = saved["machine_info"]
-    console = Console(width=max(140, Console().width))
+    console = Console(width=max(170, Console().width))
     console.print(
         f"{machine['device']}, {machine['isa']}, torch {machine['torch']}, vlmkern {machine['vlmkern']}; "
         "milliseconds of CPU time on one thread, medians"
