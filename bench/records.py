@@ -53,9 +53,7 @@ def summary(saved: dict[str, Any]) -> dict[str, Any]:
     """A run's rows, from what pytest-benchmark saved of it."""
     machine = saved["machine_info"]
     short, name = cpu(machine["cpu"], machine["isa"], machine.get("held_to", ""))
-    groups: dict[str, dict[str, dict[str, Any]]] = defaultdict(dict)
-    for case in saved["benchmarks"]:
-        groups[case["group"]][case["extra_info"]["provider"]] = case
+    groups = by_group(saved["benchmarks"])
     return {
         "cpu": short,
         "name": name,
@@ -65,6 +63,14 @@ def summary(saved: dict[str, Any]) -> dict[str, Any]:
         "source": "make bench",
         "rows": [_row(group, cases) for group, cases in groups.items() if "vlmkern" in cases and len(cases) > 1],
     }
+
+
+def by_group(benchmarks: list[dict[str, Any]]) -> dict[str, dict[str, dict[str, Any]]]:
+    """Saved cases by group and provider."""
+    found: dict[str, dict[str, dict[str, Any]]] = defaultdict(dict)
+    for case in benchmarks:
+        found[case["group"]][case["extra_info"]["provider"]] = case
+    return found
 
 
 def _row(group: str, cases: dict[str, dict[str, Any]]) -> dict[str, Any]:

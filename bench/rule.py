@@ -11,11 +11,10 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from records import best_of
+from records import best_of, by_group
 from rich.console import Console
 from rich.table import Table
 
@@ -48,14 +47,6 @@ def main(path: str) -> int:
         table.add_row(name.replace("|", ", "), f"{ratio:.2f}")
     console.print(table)
     return 1
-
-
-def by_group(benchmarks: list[dict[str, Any]]) -> Cases:
-    """Saved cases by group and provider."""
-    found: Cases = defaultdict(dict)
-    for case in benchmarks:
-        found[case["group"]][case["extra_info"]["provider"]] = case
-    return found
 
 
 def slower(groups: Cases) -> dict[str, float]:

@@ -69,40 +69,13 @@ struct Kind {
   bool compiled;
 };
 
-#if VLMKERN_HAVE_AVX2
-constexpr bool kHaveAvx2 = true;
-#else
-constexpr bool kHaveAvx2 = false;
-#endif
-#if VLMKERN_HAVE_AVX512
-constexpr bool kHaveAvx512 = true;
-#else
-constexpr bool kHaveAvx512 = false;
-#endif
-#if VLMKERN_HAVE_AVX512_BF16
-constexpr bool kHaveAvx512Bf16 = true;
-#else
-constexpr bool kHaveAvx512Bf16 = false;
-#endif
-
-#if VLMKERN_HAVE_AMX
-constexpr bool kHaveAmx = true;
-#else
-constexpr bool kHaveAmx = false;
-#endif
-#if VLMKERN_HAVE_AMX_EMULATED
-constexpr bool kHaveAmxEmulated = true;
-#else
-constexpr bool kHaveAmxEmulated = false;
-#endif
-
 constexpr Kind kKinds[] = {
     {Isa::portable, "portable", 0, true},
-    {Isa::amx_emulated, "amx_emulated", kEmulated, kHaveAmxEmulated},
-    {Isa::avx2, "avx2", kAvx2, kHaveAvx2},
-    {Isa::avx512, "avx512", kAvx512, kHaveAvx512},
-    {Isa::avx512_bf16, "avx512_bf16", kAvx512Bf16, kHaveAvx512Bf16},
-    {Isa::amx, "amx", kAvx512Bf16 | set_of("amx_tile", "amx_bf16"), kHaveAmx},
+    {Isa::amx_emulated, "amx_emulated", kEmulated, VLMKERN_HAVE_AMX_EMULATED},
+    {Isa::avx2, "avx2", kAvx2, VLMKERN_HAVE_AVX2},
+    {Isa::avx512, "avx512", kAvx512, VLMKERN_HAVE_AVX512},
+    {Isa::avx512_bf16, "avx512_bf16", kAvx512Bf16, VLMKERN_HAVE_AVX512_BF16},
+    {Isa::amx, "amx", kAvx512Bf16 | set_of("amx_tile", "amx_bf16"), VLMKERN_HAVE_AMX},
 };
 
 const Kind& kind(Isa isa) { return kKinds[static_cast<int>(isa)]; }

@@ -27,6 +27,21 @@ struct Int {
   static constexpr int value = n;
 };
 
+// Calls body with the vectors of a block, an Int, where there are `n`, at least one.
+template <class Body>
+void by_vectors(int64_t n, Body body) {
+  switch (n) {
+    case 1: return body(Int<1>());
+    case 2: return body(Int<2>());
+    default: return body(Int<3>());
+  }
+}
+
+// What a thread must hold while it multiplies by vectors: nothing.
+struct NoRegisters {
+  NoRegisters() {}
+};
+
 struct Float32 {
   static constexpr int pair = 1;
   static constexpr uint32_t sign_bits = 0x80000000;

@@ -174,6 +174,15 @@ def define_differentiable(
     return op
 
 
+def kept(ctx: Any, output: Any) -> Tensor | None:
+    """In a `setup_context` of an op and its form that keeps: what that gives beside its result; None of the op."""
+    if isinstance(output, Tensor):
+        return None
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(output[1])
+    return output[1]
+
+
 def differentiates(*tensors: Tensor | None) -> bool:
     """Whether autograd follows a call with these arguments: what its gradient can use is worth keeping."""
     return torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in tensors)

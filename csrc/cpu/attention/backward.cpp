@@ -128,9 +128,7 @@ void add_rows(int64_t rows, const float* weights, int64_t a_row, const float* b,
 template <class M>
 struct VectorForm {
   using Maths = M;
-  struct Registers {
-    Registers() {}
-  };
+  using Registers = NoRegisters;
   static constexpr bool kTiled = false;
   // 1 to 8 times kLanes queries by 32 to 256 keys take the same time within 6 % on Zen 5
   static constexpr int kLanes = kMaxVectors * kWidth, kQueries = 3 * kLanes, kChunk = 96;
@@ -138,11 +136,7 @@ struct VectorForm {
 
   template <class Body>
   static void over_vectors(int64_t n, Body body) {
-    switch (n) {
-      case 1: return body(Int<1>());
-      case 2: return body(Int<2>());
-      default: return body(Int<3>());
-    }
+    by_vectors(n, body);
   }
   template <typename T>
   static void pack_keys(const Layout<VectorForm>& layout, const T* k, int64_t stride, int64_t tokens, int64_t head_dim, float* to) {

@@ -63,17 +63,8 @@ struct TileForm {
   }
   template <int vectors>
   static void add_dq(const Layout<TileForm>& layout, const Scratch<TileForm>& scratch, int64_t part, int64_t key, int64_t count) {
-    const int64_t steps = round_up(count, kStep) / kStep, next = layout.keys / kStep * kTileWords;
-    const float *k = scratch.key_pairs + key / kStep * kTileWords, *ds = ds_part(scratch, part);
-    float* dq = scratch.dq + part * layout.channels * kLanes;
-    const int64_t tiles = layout.channels / kTile;
-    for (int64_t c = 0; c < tiles; c += 2) {
-      float* to = dq + c * kTile * kLanes;
-      if (c + 1 < tiles)
-        tile_product<2, 2>(k + c * next, next, kTileWords, kTile, ds, kTile * kLanes, kLanes, steps, key == 0, to, kLanes);
-      else
-        tile_product<1, 2>(k + c * next, next, kTileWords, kTile, ds, kTile * kLanes, kLanes, steps, key == 0, to, kLanes);
-    }
+    add_transposed(scratch.key_pairs + key / kStep * kTileWords, layout.keys / kStep * kTileWords, layout.channels / kTile,
+                   ds_part(scratch, part), round_up(count, kStep) / kStep, key == 0, scratch.dq + part * layout.channels * kLanes);
   }
   static void add_rows(int64_t rows, const float* weights, const float* b, int64_t columns, int64_t words, bool first, float* sums) {
     constexpr int64_t kRow = kWeightRow<TileForm>;

@@ -32,6 +32,20 @@ inline void pack_transposed(const bf16* from, int64_t stride, int64_t rows, int6
     }
 }
 
+// sums [channel][lane] (+)= what pack_transposed() made, from some step on, by pairs of rows in 32 lanes; `next` words between its
+// tiles of channels.
+inline void add_transposed(const float* from, int64_t next, int64_t channel_tiles, const float* pairs, int64_t steps, bool first,
+                           float* sums) {
+  constexpr int64_t kLanes = 2 * kTile;
+  for (int64_t c = 0; c < channel_tiles; c += 2) {
+    float* to = sums + c * kTile * kLanes;
+    if (c + 1 < channel_tiles)
+      tile_product<2, 2>(from + c * next, next, kTileWords, kTile, pairs, kTile * kLanes, kLanes, steps, first, to, kLanes);
+    else
+      tile_product<1, 2>(from + c * next, next, kTileWords, kTile, pairs, kTile * kLanes, kLanes, steps, first, to, kLanes);
+  }
+}
+
 struct TileProducts {
   using Maths = Bf16Pairs;
   using Registers = Tiles;
@@ -100,15 +114,7 @@ struct TileProducts {
           float* at = o + (c * vectors + j) * kWidth;
           store(at, load(at) * rescale[j]);
         }
-    const int64_t steps = padded(count) / kStep, next = key_steps * kTileWords;
-    const float* from = v + key / kStep * kTileWords;
-    for (int64_t c = 0; c < channel_tiles; c += 2) {
-      float* to = o + c * kTile * kLanes;
-      if (c + 1 < channel_tiles)
-        tile_product<2, 2>(from + c * next, next, kTileWords, kTile, p, kTile * kLanes, kLanes, steps, key == 0, to, kLanes);
-      else
-        tile_product<1, 2>(from + c * next, next, kTileWords, kTile, p, kTile * kLanes, kLanes, steps, key == 0, to, kLanes);
-    }
+    add_transposed(v + key / kStep * kTileWords, key_steps * kTileWords, channel_tiles, p, padded(count) / kStep, key == 0, o);
   }
 };
 

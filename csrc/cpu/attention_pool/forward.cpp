@@ -27,15 +27,6 @@ constexpr int64_t kChunk = 144;
 // inlined into one caller, the compiler spills their tiles: 34 ms instead of 28 for 784 windows in bfloat16
 #define OUT_OF_LINE __attribute__((noinline))
 
-template <class Body>
-void by_vectors(int vectors, Body body) {
-  switch (vectors) {
-    case 1: return body(Int<1>());
-    case 2: return body(Int<2>());
-    default: return body(Int<3>());
-  }
-}
-
 // A part of a block: up to kMaxVectors vectors of windows, and its share of each array in the scratch.
 struct Group {
   int vectors;

@@ -92,16 +92,9 @@ def _fake_bwd(p: LinearGradient) -> list[Tensor]:
     return [p.x.new_empty(shape) for shape, want in zip(shapes, p.wanted, strict=True) if want]
 
 
-def _setup_context(ctx: Any, p: Linear, output: Tensor) -> None:
+def _setup_context(ctx: Any, p: Linear, output: Tensor | tuple[Tensor, Tensor]) -> None:
     ctx.activation = p.activation
-    ctx.save_for_backward(p.x, p.weight, p.bias, None)
-
-
-def _setup_context_keep(ctx: Any, p: Linear, output: tuple[Tensor, Tensor]) -> None:
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(output[1])
-    ctx.activation = p.activation
-    ctx.save_for_backward(p.x, p.weight, p.bias, output[1])
+    ctx.save_for_backward(p.x, p.weight, p.bias, library.kept(ctx, output))
 
 
 def _backward(ctx: Any, needed: tuple[bool, ...], grad: Tensor, *of_kept: None) -> tuple[Tensor | None, ...]:
@@ -133,7 +126,7 @@ _op_keep = library.define_differentiable(
     "linear_keep",
     library.Form(Linear, "(Tensor, Tensor)", _check, _fake_keep),
     providers=_PROVIDERS,
-    setup_context=_setup_context_keep,
+    setup_context=_setup_context,
     backward=_backward,
     keeps=True,
 )

@@ -96,14 +96,8 @@ def _fake_bwd(p: SwiGLUGradient) -> list[Tensor]:
     return [p.x.new_empty(shape) for shape, want in zip(shapes, p.wanted, strict=True) if want]
 
 
-def _setup_context(ctx: Any, p: SwiGLU, output: Tensor) -> None:
-    ctx.save_for_backward(p.x, p.w_up, p.w_down, p.b_up, None)
-
-
-def _setup_context_keep(ctx: Any, p: SwiGLU, output: tuple[Tensor, Tensor]) -> None:
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(p.x, p.w_up, p.w_down, p.b_up, output[1])
+def _setup_context(ctx: Any, p: SwiGLU, output: Tensor | tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(p.x, p.w_up, p.w_down, p.b_up, library.kept(ctx, output))
 
 
 def _backward(ctx: Any, needed: tuple[bool, ...], grad: Tensor, *of_kept: None) -> tuple[Tensor | None, ...]:
@@ -133,7 +127,7 @@ _op_keep = library.define_differentiable(
     "swiglu_mlp_keep",
     library.Form(SwiGLU, "(Tensor, Tensor)", _check, _fake_keep),
     providers=_PROVIDERS,
-    setup_context=_setup_context_keep,
+    setup_context=_setup_context,
     backward=_backward,
     keeps=True,
 )
