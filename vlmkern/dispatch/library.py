@@ -1,9 +1,9 @@
 """The shared registration helper: everything an op tells torch, said in one call.
 
-An op's arguments are the fields of its problem, a NamedTuple, and one more, `backend`, which says what it is to run on.
-No field has a default, so that every layer below the public function sees all of them. The checks run inside the fake
-implementation and inside the real one, hence once per eager call, once per trace, and also for callers of
-`torch.ops.vlmkern.*`.
+An op's arguments are the fields of its problem, a NamedTuple, and one more, `backend`, which says what it is to run
+on. Fields that have defaults may be left out by callers of `torch.ops.vlmkern.*`, as torch itself leaves out what
+equals its default; every layer below sees all of them. The checks run inside the fake implementation and inside the
+real one, hence once per eager call, once per trace, and also for those callers.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ _TYPES = {
     "list[int]": "int[]",
     "list[bool]": "bool[]",
     "int": "int",
+    "bool": "bool",
     # the one integer that changes from call to call, as the longest of packed segments does
     "int | None": "SymInt?",
     "float": "float",
@@ -73,7 +74,11 @@ def define(
     """
     # NamedTuple has annotations that are strings wrapped
     kinds = {field: getattr(kind, "__forward_arg__", kind) for field, kind in problem.__annotations__.items()}
-    arguments = ", ".join(f"{_TYPES[kind]} {field}" for field, kind in kinds.items())
+    defaults = problem._field_defaults
+    arguments = ", ".join(
+        f"{_TYPES[kind]} {field}" + (f"={defaults[field]}" if field in defaults else "")
+        for field, kind in kinds.items()
+    )
     library.define(f'{name}({arguments}, str backend="") -> {returns}', tags=(torch.Tag.pt2_compliant_tag,))
     known = dispatch.Op(name, problem, fake, providers, backward, keeps)
     dispatch.register(known)
@@ -82,14 +87,16 @@ def define(
     # what `problem._make` does, in half the time
     make = functools.partial(tuple.__new__, problem)
 
+    complete = _completed(problem)
+
     def fake_impl(*args: Any) -> Any:
-        asked = make(args[:count])
+        asked = make(complete(args)[:count])
         check(asked)
         return fake(asked)
 
     def real_impl(*args: Any) -> Any:
-        # torch leaves out arguments that are equal to their default
-        asked, backend = make(args[:count]), args[count] if len(args) > count else ""
+        args = complete(args)
+        asked, backend = make(args[:count]), args[count]
         check(asked)
         device = _device(asked)
         if check_values is not None and (device.type == "cpu" or os.environ.get("VLMKERN_CHECK") == "1"):
@@ -101,6 +108,18 @@ def define(
     library.impl(name, real_impl, "CompositeExplicitAutograd")
     torch.library.register_fake(add_op_namespace_prefix(name), fake_impl, lib=library)
     return op
+
+
+def _completed(problem: type) -> Callable[[tuple[Any, ...]], tuple[Any, ...]]:
+    """Puts back what torch left out of an op's arguments: the last ones, where they equal their defaults."""
+    defaults = (*problem._field_defaults.values(), "")
+    count = len(problem._fields) + 1
+
+    def complete(args: tuple[Any, ...]) -> tuple[Any, ...]:
+        missing = count - len(args)
+        return args if missing == 0 else (*args, *defaults[len(defaults) - missing :])
+
+    return complete
 
 
 class Form(NamedTuple):
@@ -232,7 +251,8 @@ def differentiable(
         backward: `(ctx, needed, *grads)` -> the gradients of all inputs but the backend, a list of tensors among them
             spread out; `needed` says the same way which of them are asked for.
     """
-    count, make = len(op._schema.arguments) - 1, dispatch.known(op).problem._make
+    problem = dispatch.known(op).problem
+    make, complete = problem._make, _completed(problem)
     # where a list of tensors stands, as autograd sees only tensors that are arguments themselves
     listed = next((i for i, a in enumerate(op._schema.arguments) if str(a.type) == "List[Tensor]"), None)
     returns_list = str(op._schema.returns[0].type) == "List[Tensor]"
@@ -263,7 +283,7 @@ def differentiable(
                 return super(torch.autograd.Function, cls).apply(*args)
 
     def kernel(keyset: Any, *args: Any) -> Any:
-        args, asked = args[:count], args[count] if len(args) > count else ""
+        *args, asked = complete(args)
         _refuse_forward_mode(op, args)
         if not (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)):
             return _below_autograd(op, keyset, (*args, asked))

@@ -58,7 +58,7 @@ def register_formulas() -> None:
 def _of_problem(op: Op, formula: Callable[[Any], int]) -> Callable[..., int]:
     # the last argument, the backend, changes no count, nor do results
     count = len(op.problem._fields)
-    return lambda *args, **_: formula(op.problem._make(args[:count]))
+    return lambda *args, **_: formula(op.problem(*args[:count]))
 
 
 def measured_figures(tiles: int) -> dict[tuple[str, str], tuple[int, int]]:

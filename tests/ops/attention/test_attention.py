@@ -285,7 +285,9 @@ class TestErrors:
         cu = torch.tensor([0, 5], dtype=torch.int32)
         cases = [
             ((q[0], q[0], q[0]), {}, ValueError, r"q: got shape \[5, 3, 8\], expected \[B, N, H, D\]"),
-            ((q, q[:, :4], q), {}, ValueError, r"k: got shape \[2, 4, 3, 8\]"),
+            ((q, q[:1], q), {}, ValueError, r"k: got shape \[1, 5, 3, 8\]"),
+            ((q, q[:, :4], q), {}, ValueError, r"v: got shape \[2, 5, 3, 8\], expected \[2, 4, 3, 8\]"),
+            ((q, q[:, :, :2], q[:, :, :2]), {}, ValueError, "k: got 2 heads, expected a divisor of q's 3"),
             ((q, q, q[..., :4]), {}, ValueError, "v: got shape"),
             ((q, q.double(), q), {}, TypeError, "k: got dtype torch.float64, expected torch.float32"),
             ((q.int(), q.int(), q.int()), {}, TypeError, "q: got dtype torch.int32"),

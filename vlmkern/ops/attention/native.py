@@ -13,15 +13,17 @@ from .problem import Attention, AttentionGradient
 
 def supports(p: Attention, target: Target) -> str | None:
     """None, or why the call is not for these kernels."""
-    return lacks(p.q.dtype)
+    return lacks(p.q.dtype) or (p.extra and f"it has no kernel for {p.extra}")
 
 
-supports_bwd = supports
+def supports_bwd(p: AttentionGradient, target: Target) -> str | None:
+    """The same of its gradients."""
+    return supports(p.forward, target)
 
 
 def attention(p: Attention) -> tuple[Tensor, Tensor]:
     """See reference.py."""
-    q, k, v, scale, cu_seqlens, _max_seqlen = p
+    q, k, v, scale, cu_seqlens = p[:5]
     out, lse = q.new_empty(q.shape), q.new_empty(lse_shape(q), dtype=torch.float32)
     bounds = None if cu_seqlens is None else cu_seqlens.contiguous()
     inputs = (q, k, v)
@@ -42,7 +44,7 @@ def attention(p: Attention) -> tuple[Tensor, Tensor]:
 
 def attention_bwd(p: AttentionGradient) -> tuple[Tensor, Tensor, Tensor]:
     """See reference.py."""
-    grad, q, k, v, out, lse, scale, cu_seqlens, _max_seqlen = p
+    grad, q, k, v, out, lse, scale, cu_seqlens = p[:8]
     grads = tuple(q.new_empty(q.shape) for _ in range(3))
     bounds = None if cu_seqlens is None else cu_seqlens.contiguous()
     # the gradient comes as autograd made it: of a sum, for one, with strides of zero

@@ -11,6 +11,8 @@ from .problem import Attention, AttentionGradient
 
 def supports(p: Attention, target: Target) -> str | None:
     """None, or why the call is not for these kernels."""
+    if p.extra:
+        return f"it has no kernel for {p.extra}"
     if p.q.dtype in forward.DTYPES and p.q.shape[-1] <= forward.MAX_HEAD_DIM:
         return None
     return (
@@ -19,14 +21,16 @@ def supports(p: Attention, target: Target) -> str | None:
     )
 
 
-supports_bwd = supports
+def supports_bwd(p: AttentionGradient, target: Target) -> str | None:
+    """The same of its gradients."""
+    return supports(p.forward, target)
 
 
 def attention(p: Attention) -> tuple[Tensor, Tensor]:
     """See reference.py."""
-    return forward.attention_fwd(*p)
+    return forward.attention_fwd(*p[:6])
 
 
 def attention_bwd(p: AttentionGradient) -> tuple[Tensor, Tensor, Tensor]:
     """See reference.py."""
-    return backward.attention_bwd(*p)
+    return backward.attention_bwd(*p[:9])
