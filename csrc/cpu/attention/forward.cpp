@@ -131,7 +131,8 @@ using Bf16Products = VectorProducts<Float32>;
 
 size_t scratch_bytes(DType dtype, int64_t keys, int64_t head_dim, bool rotates) {
   const int64_t words = dtype == DType::bf16 ? Bf16Products::words(keys, head_dim) : VectorProducts<Float32>::words(keys, head_dim);
-  return (words + (rotates ? rotation_words(keys, head_dim) : 0)) * sizeof(float);
+  const int64_t few = FewQueries<float>::words(head_dim);
+  return ((words > few ? words : few) + (rotates ? rotation_words(keys, head_dim) : 0)) * sizeof(float);
 }
 
 void run_group(const AttentionGroupFwd& group, void* scratch) {

@@ -18,6 +18,7 @@
 #pragma once
 
 #include "cpu/attention/attention.h"
+#include "cpu/attention/few_queries.h"
 #include "cpu/attention/rotary.h"
 #include "cpu/attention/scores.h"
 #include "cpu/tile.h"
@@ -151,10 +152,26 @@ AttentionGroupFwd heads_as_queries(AttentionGroupFwd group) {
 // Words of scratch for keys and a block of queries as they are turned.
 inline int64_t rotation_words(int64_t keys, int64_t head_dim) { return (keys + kMaxVectors * kWidth) * head_dim; }
 
+template <typename T>
+void attend_few(const AttentionGroupFwd& group, const Scores& scores, float* memory) {
+  const FewQueries<T> few(group, scores, memory);
+  T* const room = reinterpret_cast<T*>(memory + FewQueries<T>::words(group.head_dim));
+  for (int64_t h = 0; h < group.heads; ++h) {
+    const int64_t begin = between(0, group.begin - h * group.queries, group.queries);
+    const int64_t end = between(0, group.end - h * group.queries, group.queries);
+    if (begin == end) continue;
+    const Rows<T> q = turned(Rows<T>{static_cast<const T*>(group.q) + h * group.q_head_stride, group.q_stride}, group.rotate_q, begin, end,
+                             group.head_dim, room);
+    few.attend(q.at, q.stride, begin, end, static_cast<T*>(group.out) + h * group.out_head_stride, group.lse + h * group.lse_head_stride);
+  }
+}
+
 template <class Products, typename T>
 void attend(const AttentionGroupFwd& given, void* memory) {
   const AttentionGroupFwd group = given.queries == 1 && given.heads > 1 ? heads_as_queries<T>(given) : given;
   const Scores scores(group);
+  if (group.queries <= FewQueries<T>::kMost && group.keys > 0 && !scores.windowed() && group.rotate_k.cos == nullptr)
+    return attend_few<T>(group, scores, static_cast<float*>(memory));
   const Products products(group.keys, group.head_dim, static_cast<float*>(memory));
   const typename Products::Registers registers;
   T* const turned_keys = reinterpret_cast<T*>(static_cast<float*>(memory) + Products::words(group.keys, group.head_dim));
