@@ -18,7 +18,7 @@ class Rows(NamedTuple):
     Attributes:
         tensors: themselves, or dense copies where neighbours in a row are apart in memory, or rows cannot be counted.
         sizes: how many rows there are, outermost first: LEVELS of them, or fewer, as many as it takes.
-        strides: of each tensor over these sizes, in elements; zeros for None.
+        strides: of each tensor over these sizes, in elements; of None any.
     """
 
     tensors: tuple[Tensor | None, ...]
@@ -35,9 +35,12 @@ class Rows(NamedTuple):
 
 
 def of(first: Tensor, *others: Tensor | None) -> Rows:
-    """Rows are the last dimension of tensors [..., C]."""
+    """Rows are the last dimension of tensors [..., C] that have elements."""
     tensors = (first, *others)
-    if all(t is None or t.is_contiguous() for t in tensors):
+    for t in tensors:
+        if t is not None and not t.is_contiguous():
+            break
+    else:
         return _dense(tensors)
     tensors = tuple(t if t is None or t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous() for t in tensors)
     found = _counted(tensors)
@@ -53,7 +56,7 @@ def padded(numbers: Sequence[int], filler: int) -> tuple[int, ...]:
 
 def _dense(tensors: tuple[Tensor | None, ...]) -> Rows:
     cols = tensors[0].shape[-1]
-    return Rows(tensors, (tensors[0].shape[:-1].numel(),), tuple((0 if t is None else cols,) for t in tensors))
+    return Rows(tensors, (tensors[0].numel() // cols,), ((cols,),) * len(tensors))
 
 
 def _counted(tensors: tuple[Tensor | None, ...]) -> Rows:

@@ -56,6 +56,9 @@ def norm_bwd(
 ) -> list[Tensor]:
     """Gradients by (x or residual, which are the same, weight, bias), those that are wanted, in this order."""
     cols = summed.shape[-1]
+    if summed.numel() == 0:
+        shapes = (summed.shape, cols, cols)
+        return [summed.new_zeros(shape) for shape, want in zip(shapes, wanted, strict=False) if want]
     d_x = summed.new_empty(summed.shape)
     d_weight, d_bias = (summed.new_empty(cols) if want else None for want in (*wanted[1:], False)[:2])
     rows = _rows.of(grad, grad_summed, summed)
