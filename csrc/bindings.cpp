@@ -16,6 +16,7 @@
 #include "cpu/check.h"
 #include "cpu/isa.h"
 #include "cpu/linear/linear.h"
+#include "cpu/norms/norms.h"
 #include "cpu/swiglu_mlp/swiglu_mlp.h"
 #include "cpu/units.h"
 #if VLMKERN_HAVE_CUDA
@@ -59,6 +60,13 @@ void describe(AttentionInputs& p, int dtype, const HeadsTensor& q, const HeadsTe
   p.cos = table(0), p.sin = table(1), p.cos_k = table(2), p.sin_k = table(3);
   p.interleaved = interleaved;
 }
+
+// a tensor of rows that are counted through three sizes: its address, and its strides over them
+using Rows = std::pair<uintptr_t, Strides>;
+
+NormInput rows(const Rows& r) { return {at(r.first), r.second[0], r.second[1], r.second[2]}; }
+
+NormShape shape(const std::array<int64_t, 4>& s) { return {s[0], s[1], s[2], s[3]}; }
 
 using ExtentList = std::vector<int64_t>;
 
@@ -207,6 +215,29 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
       },
       py::arg("dtype"), py::arg("x"), py::arg("x_stride"), py::arg("weight"), py::arg("weight_stride"), py::arg("bias"), py::arg("y"),
       py::arg("rows"), py::arg("inputs"), py::arg("outputs"), py::arg("threads"), kExtents);
+  m.def(
+      "norm_fwd",
+      [](int dtype, bool centred, std::array<int64_t, 4> sizes, Rows x, Rows residual, uintptr_t weight, uintptr_t bias, uintptr_t normed,
+         uintptr_t summed, float eps, float offset, int threads, ExtentList extents) {
+        py::gil_scoped_release release;
+        norm_fwd({static_cast<DType>(dtype), centred, shape(sizes), rows(x), rows(residual), at(weight), at(bias), at(normed), at(summed),
+                  eps, offset},
+                 threads, Extents(std::move(extents)));
+      },
+      py::arg("dtype"), py::arg("centred"), py::arg("sizes"), py::arg("x"), py::arg("residual"), py::arg("weight"), py::arg("bias"),
+      py::arg("normed"), py::arg("summed"), py::arg("eps"), py::arg("offset"), py::arg("threads"), kExtents);
+  m.def(
+      "norm_bwd",
+      [](int dtype, bool centred, std::array<int64_t, 4> sizes, Rows grad, Rows grad_summed, Rows summed, uintptr_t weight, uintptr_t d_x,
+         uintptr_t d_weight, uintptr_t d_bias, float eps, float offset, int threads, ExtentList extents) {
+        py::gil_scoped_release release;
+        norm_bwd({static_cast<DType>(dtype), centred, shape(sizes), rows(grad), rows(grad_summed), rows(summed), at(weight), at(d_x),
+                  at(d_weight), at(d_bias), eps, offset},
+                 threads, Extents(std::move(extents)));
+      },
+      py::arg("dtype"), py::arg("centred"), py::arg("sizes"), py::arg("grad"), py::arg("grad_summed"), py::arg("summed"),
+      py::arg("weight"), py::arg("d_x"), py::arg("d_weight"), py::arg("d_bias"), py::arg("eps"), py::arg("offset"), py::arg("threads"),
+      kExtents);
   m.def(
       "silu_mul_fwd",
       [](int dtype, uintptr_t up, int64_t up_stride, uintptr_t out, int64_t rows, int64_t cols, int threads,

@@ -15,7 +15,8 @@ from pathlib import Path
 
 TESTS = (
     "ops",
-    *(f"test_{name}.py" for name in ("native", "native_extremes", "native_memory", "native_properties")),
+    "test_native.py",
+    *(f"test_native_{name}.py" for name in ("extremes", "memory", "norms", "properties")),
 )
 # what emulated tiles compute
 TILES = ("ops/attention", "test_native_extremes.py", "test_native_properties.py")

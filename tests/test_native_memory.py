@@ -41,6 +41,9 @@ def calls():
     x, weight, bias, y = torch.randn(2, 12), torch.randn(5, 12), torch.randn(5), torch.randn(2, 5)
     up, hidden, d_hidden, d_up = torch.randn(3, 26), torch.randn(3, 13), torch.randn(3, 13), torch.randn(3, 26)
 
+    rows, others, normed, summed, d_rows = (torch.randn(3, 2, 9) for _ in range(5))
+    scale, shift, d_scale, d_shift = (torch.randn(9) for _ in range(4))
+
     first, second = torch.randn(2, 15, 6), torch.randn(2, 15, 6)
     pad, pad_embed = torch.zeros(2, 15, dtype=torch.uint8), torch.randn(2, 12)
     keep = torch.arange(12)
@@ -57,6 +60,9 @@ def calls():
 
     def at(*tensors):
         return [t.data_ptr() for t in tensors]
+
+    def in_rows(*tensors):
+        return [(t.data_ptr(), (0, 18, 9)) for t in tensors]
 
     return {
         "attention_fwd": (
@@ -80,6 +86,20 @@ def calls():
         "linear_few_rows": (
             lambda e, n: _C.linear_few_rows(0, x.data_ptr(), 12, weight.data_ptr(), 12, *at(bias, y), 2, 12, 5, n, e),
             {"x": x, "weight": weight, "bias": bias, "y": y},
+        ),
+        "norm_fwd": (
+            lambda e, n: _C.norm_fwd(
+                0, True, (1, 3, 2, 9), *in_rows(rows, others), *at(scale, shift, normed, summed), 1e-6, 0.0, n, e
+            ),
+            {"x": rows, "residual": others, "weight": scale, "bias": shift, "normed": normed, "summed": summed},
+        ),
+        "norm_bwd": (
+            lambda e, n: _C.norm_bwd(
+                *(0, True, (1, 3, 2, 9), *in_rows(normed, others, rows)),
+                *(*at(scale, d_rows, d_scale, d_shift), 1e-6, 0.0, n, e),
+            ),
+            {"grad": normed, "grad_summed": others, "summed": rows, "weight": scale}
+            | {"d_x": d_rows, "d_weight": d_scale, "d_bias": d_shift},
         ),
         "silu_mul_fwd": (
             lambda e, n: _C.silu_mul_fwd(0, up.data_ptr(), 26, hidden.data_ptr(), 3, 13, n, e),
@@ -109,6 +129,8 @@ NAMES = (
     "attention_fwd",
     "attention_bwd",
     "linear_few_rows",
+    "norm_fwd",
+    "norm_bwd",
     "silu_mul_fwd",
     "silu_mul_bwd",
     "pool",
