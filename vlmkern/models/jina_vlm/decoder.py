@@ -13,7 +13,7 @@ from .config import TextConfig
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) in float32, cast to the dtype of x, times the weight."""
+    """x / rms(x) times the weight, in float32, rounded once."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
@@ -21,8 +21,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        return self.weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+        return ops.rms_norm(x, self.weight, eps=self.eps)
 
 
 class ExtendedEmbedding(nn.Module):
