@@ -74,7 +74,7 @@ def test_tables():
         "A": {("s", "x_1", "float32"): {"x_best": 1.234, "ms": 1234.5, "best": "eager", "date": "d"}},
         "B": {("s", "x_1", "bfloat16"): {"x_best": 2.0, "ms": None, "date": "d", "x_openvino": 1.1}},
     }
-    lines = records.side_by_side(found).splitlines()
+    lines = records.side_by_side(found, records._cases(found)).splitlines()
     assert (
         lines[0] == "| case | A: bf16 | A: fp32 | B: bf16 | B: fp32 |" and lines[2] == "| s, x 1 |  | 1.23 | 2.00 |  |"
     )
