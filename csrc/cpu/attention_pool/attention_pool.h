@@ -67,8 +67,9 @@ struct PoolSlotsKernel {
 
 struct PoolSlotsBwd;
 
-// Windows begin to end of all. Scratch: 2 floats per head and slot of a window.
+// Windows begin to end of all; scratch as above.
 struct PoolSlotsBwdKernel {
+  size_t (*scratch)(const PoolSlotsBwd&);
   void (*run)(const PoolSlotsBwd&, int64_t begin, int64_t end, void* scratch);
 };
 

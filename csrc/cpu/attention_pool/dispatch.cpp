@@ -183,8 +183,7 @@ void attention_pool_slots_bwd(const PoolSlotsBwd& task, int threads, const Exten
     extents.require_reach(2 + i, "vectors[" + std::to_string(i / 2) + "]", task.windows * task.width);
   }
   const PoolSlotsBwdKernel& kernel = kernels().pool_slots_bwd_kernel;
-  const size_t scratch = 2 * task.heads * task.size * sizeof(float);
-  over_units(windows_of(task.windows, kWindowsPerUnit), threads, scratch, [&](int64_t unit, void* mine) {
+  over_units(windows_of(task.windows, kWindowsPerUnit), threads, kernel.scratch(task), [&](int64_t unit, void* mine) {
     kernel.run(task, unit * kWindowsPerUnit, std::min(task.windows, (unit + 1) * kWindowsPerUnit), mine);
   });
 }

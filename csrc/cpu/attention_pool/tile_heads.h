@@ -14,22 +14,12 @@
 
 #include "cpu/amx.h"
 #include "cpu/attention_pool/heads.h"
+#include "cpu/attention_pool/tile_slots.h"
 
 #if VLMKERN_TILES
 namespace vlmkern {
 namespace VLMKERN_ISA {
 namespace {
-
-// 16 rows of words in the lanes: to[word * stride + lane]; row(i, w) is row i's words w to w + 15.
-template <class Row>
-void transpose_rows(int64_t words, Row row, float* to, int64_t stride) {
-  for (int64_t w = 0; w < words; w += kTile) {
-    Vec square[kTile];
-    for (int i = 0; i < kTile; ++i) square[i] = row(i, w);
-    transpose(square);
-    for (int i = 0; i < kTile; ++i) store(to + (w + i) * stride, square[i]);
-  }
-}
 
 struct TileHeads {
   using Maths = Bf16Pairs;
@@ -38,7 +28,6 @@ struct TileHeads {
   static constexpr int64_t kChannels = 128, kWords = kChannels / 2;
   // 16 heads of 72 take 10 KB a window, and 2 MB of L2 hold the weights and slots that come next as well
   static constexpr int64_t kBlock = 144;
-  static_assert(kWidth == kTile);
 
   struct Group {
     int64_t begin, count;
@@ -47,21 +36,22 @@ struct TileHeads {
   const PoolHeads& task;
   const PoolWindows& p;
   const int64_t heads, windows;
+  const int64_t party;  // windows that share columns
+  const SlotPairs pairs;
+  int64_t columns, party_rows, parties;                // tiles of a party's columns and rows; parties of a block
   int64_t padded_heads, key_steps, key_words, values;  // values: of a head, padded to tiles
-  // windows that share columns, the tiles of their columns and rows, and how many such parties there are
-  int64_t party, columns, party_rows, parties;
-  int64_t pairs, pool_steps, pool_words;  // of slots; steps that sum over them, and words of a step
-  int64_t pooled_stride;                  // between heads
-  float *q, *scores, *sums_of_values;     // [head][window][word], [party][row][column], [head][window][value]
-  float *rows;                            // [window][head][word]; when pooled, [head][window][word]
-  float *slots;                           // [party][word][column]; to be pooled, [window][pair][channel]
-  float *p_words, *inverse;               // [window][head][pair], [window][head]
+  int64_t pooled_stride;                               // between heads
+  float *q, *scores, *sums_of_values;                  // [head][window][word], [party][row][column], [head][window][value]
+  float *rows;                                         // [window][head][word]; when pooled, [head][window][word]
+  float *slots;                                        // [party][word][column]; to be pooled, [window][pair][channel]
+  float *p_words, *inverse;                            // [window][head][pair], [window][head]
   float *weights, *sums, *lanes;
   Group groups[kBlock / kStep + 1];
   int count = 0;
 
   TileHeads(const PoolHeads& task, float* memory)
-      : task(task), p(task.windows), heads(task.head_end - task.head_begin), windows(task.end - task.begin) {
+      : task(task), p(task.windows), heads(task.head_end - task.head_begin), windows(task.end - task.begin),
+        party(windows_of_columns(p.size)), pairs(p.size) {
     place(memory);
     for (int64_t begin = task.begin; begin < task.end; begin += kStep) groups[count++] = {begin, least(kStep, task.end - begin)};
   }
@@ -70,10 +60,7 @@ struct TileHeads {
   int64_t place(float* memory) {
     padded_heads = round_up(heads, kTile);
     key_steps = round_up(task.key_dim, kStep) / kStep, key_words = key_steps * kTile, values = round_up(task.value_dim, kTile);
-    party = p.size < kTile ? kTile / p.size : 1;
-    columns = round_up(party * p.size, kTile) / kTile, party_rows = round_up(party * heads, kTile) / kTile;
-    parties = round_up(kBlock, party) / party;
-    pairs = (p.size + 1) / 2, pool_steps = round_up(pairs, kTile) / kTile, pool_words = (pairs + pool_steps - 1) / pool_steps;
+    columns = tiles_of(party * p.size), party_rows = tiles_of(party * heads), parties = round_up(kBlock, party) / party;
     pooled_stride = kBlock * kWords + kTile;  // a line apart, or all heads' rows of a window would fall into one set of L1
     int64_t taken = 0;
     auto take = [&](int64_t words) {
@@ -85,25 +72,20 @@ struct TileHeads {
     q = sums_of_values = take(0);
     take(heads * kBlock * key_words);
     scores = take(parties * party_rows * kTile * columns * kTile);
-    const int64_t context = heads * kBlock * values;
-    if (taken < context) take(context - taken);
+    take(greatest(0, heads * kBlock * values - taken));
     // products take whole tiles of rows, also where the last party has fewer
-    const int64_t absorbed = (parties * party * heads + kTile) * kWords, pooled = heads * pooled_stride;
-    rows = take(absorbed > pooled ? absorbed : pooled);
-    const int64_t scored = parties * kWords * columns * kTile, weighed = kBlock * pool_steps * pool_words * kChannels;
-    slots = take(scored > weighed ? scored : weighed);
-    p_words = take(kBlock * padded_heads * pool_steps * pool_words);
+    rows = take(greatest((parties * party * heads + kTile) * kWords, heads * pooled_stride));
+    slots = take(greatest(parties * kWords * columns * kTile, kBlock * pairs.words() * kChannels));
+    p_words = take(kBlock * padded_heads * pairs.words());
     inverse = take(kBlock * heads);
-    const int64_t of_keys = key_words * kChannels, of_values = kWords * values;
-    weights = take(of_keys > of_values ? of_keys : of_values);
-    sums = take((padded_heads > kStep ? padded_heads : kStep) * kStep);
+    weights = take(greatest(key_words * kChannels, kWords * values));
+    sums = take(greatest(padded_heads, kStep) * kStep);
     lanes = take((p.size + 1) * kTile);
     return taken;
   }
   static int64_t words(const PoolHeads& task) { return TileHeads(task, nullptr).place(nullptr); }
 
   int64_t width() const { return p.layers * p.channels; }
-  static int64_t tiles(int64_t n) { return round_up(n, kTile) / kTile; }
 
   void pack_queries() const {
     const int64_t stride = task.heads * task.key_dim;
@@ -113,19 +95,17 @@ struct TileHeads {
   }
 
   void pack_channels(const Chunk& chunk) const {
-    for (int64_t first = 0; first < windows; first += party)
-      for (int64_t column = 0; column < columns * kTile; column += kTile) {
-        Slot<bf16> slot[kTile];
-        for (int64_t i = 0; i < kTile; ++i) {
-          const int64_t window = first + (column + i) / p.size;
-          slot[i] = column + i < party * p.size && window < windows
-                        ? slot_at<bf16>(p, task.begin + window, (column + i) % p.size, chunk.layer, chunk.channel)
-                        : Slot<bf16>{nullptr, nullptr};
-        }
-        transpose_rows(
-            round_up(chunk.count, kStep) / 2, [&](int i, int64_t w) { return slot_words<Maths>(slot[i], 2 * w, chunk.count - 2 * w); },
+    for (int64_t first = 0; first < windows; first += party) {
+      const int64_t here = least(party, windows - first) * p.size;
+      for (int64_t column = 0; column < columns * kTile; column += kTile)
+        transpose_words(
+            round_up(chunk.count, kStep) / 2, chunk.count,
+            [&](int64_t i) {
+              return column + i < here ? slot_at<bf16>(p, task.begin + first, column + i, chunk.layer, chunk.channel)
+                                       : Slot<bf16>{nullptr, nullptr};
+            },
             slots + first / party * kWords * columns * kTile + column, columns * kTile);
-      }
+    }
   }
 
   template <class Ahead>
@@ -135,7 +115,7 @@ struct TileHeads {
     for (int i = 0; i < count; ++i) {
       ahead(i);
       for (int64_t c = 0; c < channels; c += kStep) {
-        tile_products(tiles(groups[i].count), 2, q + (h * kBlock + i * kStep) * key_words, kTile * key_words, kTile, key_words, weights + c,
+        tile_products(tiles_of(groups[i].count), 2, q + (h * kBlock + i * kStep) * key_words, kTile * key_words, kTile, key_words, weights + c,
                       kTile * channels, channels, key_steps, true, sums, kStep);
         for (int64_t w = 0; w < groups[i].count; ++w)
           round_sums(sums + w * kStep, rows + ((i * kStep + w) * heads + h) * kWords + c / 2);
@@ -149,7 +129,7 @@ struct TileHeads {
   }
 
   void weigh() const {
-    const int64_t words = pool_steps * pool_words;
+    const int64_t words = pairs.words();
     memset(static_cast<void*>(p_words), 0, windows * padded_heads * words * sizeof(float));
     for (int64_t first = 0; first < windows; first += party) {
       const int64_t here = least(party, windows - first) * heads;
@@ -157,13 +137,14 @@ struct TileHeads {
       for (int64_t row = 0; row < here; row += kTile) {
         const int64_t some = least(kTile, here - row);
         memset(static_cast<void*>(lanes), 0, p.size * kTile * sizeof(float));
-        for (int64_t i = 0; i < some; ++i)
-          for (int64_t j = 0; j < p.size; ++j)
-            lanes[j * kTile + i] = from[(row + i) * columns * kTile + (row + i) / heads * p.size + j];
+        for (int64_t i = 0; i < some; ++i) {
+          const float* mine = from + (row + i) * columns * kTile + (row + i) / heads * p.size;
+          for (int64_t j = 0; j < p.size; ++j) lanes[j * kTile + i] = mine[j];
+        }
         softmax<Maths, 1>(lanes, p.size, task.scale);
         for (int64_t i = 0; i < some; ++i) {
           const int64_t window = first + (row + i) / heads, h = (row + i) % heads;
-          for (int64_t j = 0; j < pairs; ++j) p_words[(window * padded_heads + h) * words + j] = lanes[j * kTile + i];
+          for (int64_t j = 0; 2 * j < p.size; ++j) p_words[(window * padded_heads + h) * words + j] = lanes[j * kTile + i];
           inverse[window * heads + h] = lanes[p.size * kTile + i];
         }
       }
@@ -171,27 +152,22 @@ struct TileHeads {
   }
 
   void pack_slots(const Chunk& chunk) const {
-    const int64_t words = pool_steps * pool_words;
     for (int64_t window = 0; window < windows; ++window)
-      for (int64_t j = 0; j < words; ++j) {
-        auto slot = [&](int64_t at) {
-          return at < p.size ? slot_at<bf16>(p, task.begin + window, at, chunk.layer, chunk.channel) : Slot<bf16>{nullptr, nullptr};
-        };
-        const Slot<bf16> first = slot(2 * j), second = slot(2 * j + 1);
-        for (int64_t c = 0; c < round_up(chunk.count, kStep); c += kTile)
-          store(slots + (window * words + j) * kChannels + c,
-                pair_up(slot_values(first, c, chunk.count - c), slot_values(second, c, chunk.count - c)));
-      }
+      pack_pairs(
+          pairs.words(), chunk.count,
+          [&](int64_t j) {
+            return j < p.size ? slot_at<bf16>(p, task.begin + window, j, chunk.layer, chunk.channel) : Slot<bf16>{nullptr, nullptr};
+          },
+          slots + window * pairs.words() * kChannels, kChannels);
   }
 
   // Pooled slots of all heads over one chunk.
   void mix(const Chunk& chunk) const {
-    const int64_t words = pool_steps * pool_words;
-    Tiles::set_words(pool_words);
+    const int64_t words = pairs.words();
+    Tiles::set_words(pairs.step_words);
     for (int64_t window = 0; window < windows; ++window)
       for (int64_t c = 0; c < chunk.count; c += kStep) {
-        tile_products(padded_heads / kTile, 2, p_words + window * padded_heads * words, kTile * words, pool_words, words,
-                      slots + window * words * kChannels + c, pool_words * kChannels, kChannels, pool_steps, true, sums, kStep);
+        pairs.multiply(padded_heads, p_words + window * padded_heads * words, slots + window * words * kChannels + c, kChannels, sums);
         for (int64_t h = 0; h < heads; ++h) round_sums(sums + h * kStep, rows + h * pooled_stride + window * kWords + c / 2);
       }
     Tiles::set_words(kTile);
@@ -202,16 +178,12 @@ struct TileHeads {
     if (h == 0) mix(chunk);
     const int64_t steps = round_up(chunk.count, kStep) / kStep;
     for (int64_t d = 0; d < values; d += kTile)
-      transpose_rows(
-          steps * kTile,
-          [&](int i, int64_t w) {
-            const Slot<bf16> row{d + i < task.value_dim ? w_v + (d + i) * width() : nullptr, nullptr};
-            return slot_words<Maths>(row, 2 * w, chunk.count - 2 * w);
-          },
-          weights + d, values);
+      transpose_words(
+          steps * kTile, chunk.count,
+          [&](int64_t i) { return Slot<bf16>{d + i < task.value_dim ? w_v + (d + i) * width() : nullptr, nullptr}; }, weights + d, values);
     for (int i = 0; i < count; ++i) {
       ahead(i);
-      tile_products(tiles(groups[i].count), values / kTile, rows + h * pooled_stride + i * kStep * kWords, kTile * kWords, kTile, kWords,
+      tile_products(tiles_of(groups[i].count), values / kTile, rows + h * pooled_stride + i * kStep * kWords, kTile * kWords, kTile, kWords,
                     weights, kTile * values, values, steps, chunk.column == 0, sums_of_values + (h * kBlock + i * kStep) * values, values);
     }
   }
