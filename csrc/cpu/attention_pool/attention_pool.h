@@ -67,9 +67,9 @@ struct PoolSlotsKernel {
 
 struct PoolSlotsBwd;
 
-// Windows begin to end of all; scratch as above.
+// Windows begin to end of all.
 struct PoolSlotsBwdKernel {
-  size_t (*scratch)(const PoolSlotsBwd&);
+  size_t (*scratch)(const PoolSlotsBwd&);  // bytes, 64-byte aligned
   void (*run)(const PoolSlotsBwd&, int64_t begin, int64_t end, void* scratch);
 };
 

@@ -13,7 +13,7 @@
 // head and chunk, rows of all channels; `ahead(i)` is called before each of the groups:
 //     kChannels                                 of a chunk, at most
 //     Registers                                 what a thread must hold while it multiplies
-//     Products(task, memory), words(...)        32-bit words of scratch
+//     Products(task, memory), words(task)       in 32-bit words of scratch, and how many it takes
 //     groups, count                             parts of the block that products take at a time: the first window of each, and how many
 //     pack_queries()
 //     pack_channels(chunk)                      slots as scores take them

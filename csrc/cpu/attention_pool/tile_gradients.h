@@ -5,9 +5,9 @@
 //   row and column are of one window, with 4 slots a quarter.
 // - y and pooled: a window's ds and p, two rows a head, by its slots in pairs of rows, with tiles as short as the pairs are few.
 //
-// dx stays with vectors: it would be 4 rows of slots by as many words as there are heads, which at 2 heads is a 32nd of a tile. Per
-// window of 4 slots and 32 channels, with packing, rounding and stores, these take 320 cycles of Sapphire Rapids for 16 heads, 92 for
-// 2 and 80 for one, vectors 60 a head.
+// dx stays with vectors: it would be 4 rows of slots by as many words as there are heads, which at 2 heads is a 32nd of a tile.
+// Counted by instructions of Sapphire Rapids, not timed: a window of 4 slots and 32 channels takes these products, with packing,
+// rounding and stores, 320 cycles for 16 heads, 92 for 2 and 80 for one, and vectors 60 a head.
 #pragma once
 
 #include "cpu/amx.h"
@@ -25,39 +25,41 @@ struct TileGradients {
   static constexpr int64_t kChannels = 128, kWords = kChannels / 2;  // of a chunk; at 16 heads and 4 slots its rows are 32 KB
 
   const PoolSlotsBwd& task;
-  const int64_t vectors, party;  // rows of a window; windows at a time
+  const int64_t vectors, panel;  // rows of a window; windows that share tiles of columns
   const SlotPairs pairs;
-  int64_t columns, party_rows, padded_vectors;  // tiles of columns and rows; rows of a window, padded
+  int64_t columns, panel_rows, padded_vectors;  // tiles of columns and rows; rows of a window, padded
   float *p, *ds;                                // [window][head][slot]
   float *rows, *slots, *scores;                 // [window][vector][word]; [word][column] or [pair][channel]; [row][column]
   float *weights, *sums;                        // [vector][pair], [vector][channel]
 
   TileGradients(const PoolSlotsBwd& task, float* memory)
-      : task(task), vectors(2 * task.heads), party(windows_of_columns(task.size)), pairs(task.size) {
+      : task(task), vectors(2 * task.heads), panel(panel_windows(task.size)), pairs(task.size) {
     place(memory);
   }
 
   // returns the words taken
   int64_t place(float* memory) {
-    columns = tiles_of(party * task.size), party_rows = tiles_of(party * vectors), padded_vectors = round_up(vectors, kTile);
+    columns = tiles_of(panel * task.size), panel_rows = tiles_of(panel * vectors), padded_vectors = round_up(vectors, kTile);
     int64_t taken = 0;
     auto take = [&](int64_t words) {
       float* here = memory == nullptr ? nullptr : memory + taken;
       taken += round_up(words, 16);  // each part starts on a cache line
       return here;
     };
-    p = take(party * task.heads * task.size);
-    ds = take(party * task.heads * task.size);
-    rows = take(party_rows * kTile * kWords);
+    p = take(panel * task.heads * task.size);
+    ds = take(panel * task.heads * task.size);
+    rows = take(panel_rows * kTile * kWords);
     slots = take(greatest(kWords * columns * kTile, pairs.words() * kChannels));
-    scores = take(party_rows * kTile * columns * kTile);
+    scores = take(panel_rows * kTile * columns * kTile);
     weights = take(padded_vectors * pairs.words());
     sums = take(padded_vectors * kStep);
     return taken;
   }
   static int64_t words(const PoolSlotsBwd& task) { return TileGradients(task, nullptr).place(nullptr); }
 
-  const bf16* x_of(int64_t window, int64_t slot) const { return static_cast<const bf16*>(task.x) + (window * task.size + slot) * task.width; }
+  const bf16* x_of(int64_t window, int64_t slot) const {
+    return static_cast<const bf16*>(task.x) + (window * task.size + slot) * task.width;
+  }
   bf16* vector(int64_t window, int64_t i) const { return static_cast<bf16*>(task.vectors[i]) + window * task.width; }
 
   void score(int64_t first, int64_t count) const {
@@ -74,7 +76,7 @@ struct TileGradients {
               return Slot<bf16>{real ? x_of(first, column + i) + c : nullptr, nullptr};
             },
             slots + column, row);
-      tile_products(party_rows, columns, rows, kTile * kWords, kTile, kWords, slots, kTile * row, row, steps, c == 0, scores, row);
+      tile_products(panel_rows, columns, rows, kTile * kWords, kTile, kWords, slots, kTile * row, row, steps, c == 0, scores, row);
     }
     for (int64_t i = 0; i < count * vectors; ++i) {
       const int64_t window = i / vectors, h = i % vectors / 2;

@@ -7,9 +7,10 @@
 //   are made that short: a product of 16 words would want 14 rows of zeros, and takes no less time.
 // - Context: 16 windows' rows of pooled slots by W_V transposed, whose sums stay in memory between chunks.
 //
-// Per 16 windows, 16 heads of 72 and 4 slots, 2304 channels: 6,912, 1,152, 2,304 and 5,760 products of 16 cycles, 258,000 cycles in
-// all, where vectors take 2,800,000 vdpbf16ps, which Sapphire Rapids begins one of a cycle. Only pooling is close: 37,000 cycles
-// against 74,000, and tiles' sums go through memory on their way to bfloat16, 37,000 rows of 16.
+// Counted, not timed, per 16 windows of 4 slots, 16 heads of 72 and 2304 channels: 6,912, 1,152, 2,304 and 5,760 products of 16 cycles,
+// 258,000 cycles in all, where vectors take 2,800,000 vdpbf16ps, which Sapphire Rapids begins one of a cycle. Only pooling is close:
+// 37,000 cycles against 74,000, and tiles' sums go through memory on their way to bfloat16, 37,000 rows of 16. Rounding, transposing
+// and packing are about 250,000 cycles more, 100,000 of them of weights, at 144 windows a block.
 #pragma once
 
 #include "cpu/amx.h"
@@ -36,14 +37,14 @@ struct TileHeads {
   const PoolHeads& task;
   const PoolWindows& p;
   const int64_t heads, windows;
-  const int64_t party;  // windows that share columns
+  const int64_t panel;  // windows that share tiles of columns
   const SlotPairs pairs;
-  int64_t columns, party_rows, parties;                // tiles of a party's columns and rows; parties of a block
+  int64_t columns, panel_rows, panels;                 // tiles of a panel's columns and rows; panels of a block
   int64_t padded_heads, key_steps, key_words, values;  // values: of a head, padded to tiles
   int64_t pooled_stride;                               // between heads
-  float *q, *scores, *sums_of_values;                  // [head][window][word], [party][row][column], [head][window][value]
+  float *q, *scores, *sums_of_values;                  // [head][window][word], [panel][row][column], [head][window][value]
   float *rows;                                         // [window][head][word]; when pooled, [head][window][word]
-  float *slots;                                        // [party][word][column]; to be pooled, [window][pair][channel]
+  float *slots;                                        // [panel][word][column]; to be pooled, [window][pair][channel]
   float *p_words, *inverse;                            // [window][head][pair], [window][head]
   float *weights, *sums, *lanes;
   Group groups[kBlock / kStep + 1];
@@ -51,7 +52,7 @@ struct TileHeads {
 
   TileHeads(const PoolHeads& task, float* memory)
       : task(task), p(task.windows), heads(task.head_end - task.head_begin), windows(task.end - task.begin),
-        party(windows_of_columns(p.size)), pairs(p.size) {
+        panel(panel_windows(p.size)), pairs(p.size) {
     place(memory);
     for (int64_t begin = task.begin; begin < task.end; begin += kStep) groups[count++] = {begin, least(kStep, task.end - begin)};
   }
@@ -60,7 +61,7 @@ struct TileHeads {
   int64_t place(float* memory) {
     padded_heads = round_up(heads, kTile);
     key_steps = round_up(task.key_dim, kStep) / kStep, key_words = key_steps * kTile, values = round_up(task.value_dim, kTile);
-    columns = tiles_of(party * p.size), party_rows = tiles_of(party * heads), parties = round_up(kBlock, party) / party;
+    columns = tiles_of(panel * p.size), panel_rows = tiles_of(panel * heads), panels = round_up(kBlock, panel) / panel;
     pooled_stride = kBlock * kWords + kTile;  // a line apart, or all heads' rows of a window would fall into one set of L1
     int64_t taken = 0;
     auto take = [&](int64_t words) {
@@ -71,11 +72,11 @@ struct TileHeads {
     // the context's sums take the place of the queries and scores
     q = sums_of_values = take(0);
     take(heads * kBlock * key_words);
-    scores = take(parties * party_rows * kTile * columns * kTile);
+    scores = take(panels * panel_rows * kTile * columns * kTile);
     take(greatest(0, heads * kBlock * values - taken));
-    // products take whole tiles of rows, also where the last party has fewer
-    rows = take(greatest((parties * party * heads + kTile) * kWords, heads * pooled_stride));
-    slots = take(greatest(parties * kWords * columns * kTile, kBlock * pairs.words() * kChannels));
+    // products take whole tiles of rows, also where the last panel has fewer
+    rows = take(greatest((panels * panel * heads + kTile) * kWords, heads * pooled_stride));
+    slots = take(greatest(panels * kWords * columns * kTile, kBlock * pairs.words() * kChannels));
     p_words = take(kBlock * padded_heads * pairs.words());
     inverse = take(kBlock * heads);
     weights = take(greatest(key_words * kChannels, kWords * values));
@@ -91,12 +92,13 @@ struct TileHeads {
     const int64_t stride = task.heads * task.key_dim;
     const bf16* from = static_cast<const bf16*>(task.q) + task.begin * stride + task.head_begin * task.key_dim;
     for (int64_t h = 0; h < heads; ++h)
-      pack_words<Maths>(from + h * task.key_dim, stride, windows, task.key_dim, round_up(windows, kTile), key_words, q + h * kBlock * key_words);
+      pack_words<Maths>(from + h * task.key_dim, stride, windows, task.key_dim, round_up(windows, kTile), key_words,
+                        q + h * kBlock * key_words);
   }
 
   void pack_channels(const Chunk& chunk) const {
-    for (int64_t first = 0; first < windows; first += party) {
-      const int64_t here = least(party, windows - first) * p.size;
+    for (int64_t first = 0; first < windows; first += panel) {
+      const int64_t here = least(panel, windows - first) * p.size;
       for (int64_t column = 0; column < columns * kTile; column += kTile)
         transpose_words(
             round_up(chunk.count, kStep) / 2, chunk.count,
@@ -104,7 +106,7 @@ struct TileHeads {
               return column + i < here ? slot_at<bf16>(p, task.begin + first, column + i, chunk.layer, chunk.channel)
                                        : Slot<bf16>{nullptr, nullptr};
             },
-            slots + first / party * kWords * columns * kTile + column, columns * kTile);
+            slots + first / panel * kWords * columns * kTile + column, columns * kTile);
     }
   }
 
@@ -115,25 +117,25 @@ struct TileHeads {
     for (int i = 0; i < count; ++i) {
       ahead(i);
       for (int64_t c = 0; c < channels; c += kStep) {
-        tile_products(tiles_of(groups[i].count), 2, q + (h * kBlock + i * kStep) * key_words, kTile * key_words, kTile, key_words, weights + c,
-                      kTile * channels, channels, key_steps, true, sums, kStep);
+        tile_products(tiles_of(groups[i].count), 2, q + (h * kBlock + i * kStep) * key_words, kTile * key_words, kTile, key_words,
+                      weights + c, kTile * channels, channels, key_steps, true, sums, kStep);
         for (int64_t w = 0; w < groups[i].count; ++w)
           round_sums(sums + w * kStep, rows + ((i * kStep + w) * heads + h) * kWords + c / 2);
       }
     }
     if (h + 1 < heads) return;
     const int64_t row = columns * kTile;
-    for (int64_t first = 0; first < windows; first += party)
-      tile_products(party_rows, columns, rows + first * heads * kWords, kTile * kWords, kTile, kWords, slots + first / party * kWords * row,
-                    kTile * row, row, channels / kStep, chunk.column == 0, scores + first / party * party_rows * kTile * row, row);
+    for (int64_t first = 0; first < windows; first += panel)
+      tile_products(panel_rows, columns, rows + first * heads * kWords, kTile * kWords, kTile, kWords, slots + first / panel * kWords * row,
+                    kTile * row, row, channels / kStep, chunk.column == 0, scores + first / panel * panel_rows * kTile * row, row);
   }
 
   void weigh() const {
     const int64_t words = pairs.words();
     memset(static_cast<void*>(p_words), 0, windows * padded_heads * words * sizeof(float));
-    for (int64_t first = 0; first < windows; first += party) {
-      const int64_t here = least(party, windows - first) * heads;
-      const float* from = scores + first / party * party_rows * kTile * columns * kTile;
+    for (int64_t first = 0; first < windows; first += panel) {
+      const int64_t here = least(panel, windows - first) * heads;
+      const float* from = scores + first / panel * panel_rows * kTile * columns * kTile;
       for (int64_t row = 0; row < here; row += kTile) {
         const int64_t some = least(kTile, here - row);
         memset(static_cast<void*>(lanes), 0, p.size * kTile * sizeof(float));

@@ -13,8 +13,8 @@ static_assert(kWidth == kTile);
 
 inline int64_t tiles_of(int64_t n) { return round_up(n, kTile) / kTile; }
 
-// How many windows go by together, where their slots are columns: as many as fill a tile, or one that takes several.
-inline int64_t windows_of_columns(int64_t size) { return size < kTile ? kTile / size : 1; }
+// The windows of a panel, whose slots are columns: as many as fill a tile, or one that takes several.
+inline int64_t panel_windows(int64_t size) { return size < kTile ? kTile / size : 1; }
 
 // 16 slots, or any rows of channels, in the lanes: to[word * stride + lane], `words` of them, zero beyond `channels`.
 template <class SlotOf>
