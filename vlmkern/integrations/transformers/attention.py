@@ -62,18 +62,26 @@ def attention_forward(
     if reason is not None:
         if not torch.compiler.is_compiling():
             _warn_once(type(module).__name__, reason)
-        other = sdpa_attention_forward if kwargs.get("softcap") is None else _eager(module)
-        return other(
-            module,
-            query,
-            key,
-            value,
-            attention_mask,
-            dropout=dropout,
-            scaling=scaling,
-            **({} if kwargs.get("softcap") is not None else {"is_causal": is_causal}),
-            **kwargs,
+        if kwargs.get("softcap") is None:
+            return sdpa_attention_forward(
+                module,
+                query,
+                key,
+                value,
+                attention_mask,
+                dropout=dropout,
+                scaling=scaling,
+                is_causal=is_causal,
+                **kwargs,
+            )
+        # which adds masks to scores
+        if attention_mask is not None and attention_mask.dtype is torch.bool:
+            hidden = query.new_full((), torch.finfo(query.dtype).min)
+            attention_mask = torch.where(attention_mask, query.new_zeros(()), hidden)
+        attended, _ = _eager(module)(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
+        return attended, None
     q, k, v = (_tokens_first(t) for t in (query, key, value))
     options = {"scale": scaling, "softcap": kwargs.get("softcap") or 0.0}
     if causal:
