@@ -66,6 +66,15 @@ using Rows = std::pair<uintptr_t, Strides>;
 
 NormInput rows(const Rows& r) { return {at(r.first), r.second[0], r.second[1], r.second[2]}; }
 
+// tables of cosines and sines, each an address and its tokens' stride; tokens, heads; interleaved
+using RotationTables = std::tuple<std::pair<uintptr_t, int64_t>, std::pair<uintptr_t, int64_t>, int64_t, int64_t, bool>;
+
+NormRotation rotation(const RotationTables& r) {
+  const auto& [cos, sin, tokens, heads, interleaved] = r;
+  const auto table = [](uintptr_t address) { return static_cast<const float*>(at(address)); };
+  return {table(cos.first), table(sin.first), cos.second, sin.second, tokens, heads, interleaved};
+}
+
 NormShape shape(const std::array<int64_t, 4>& s) { return {s[0], s[1], s[2], s[3]}; }
 
 using ExtentList = std::vector<int64_t>;
@@ -218,26 +227,27 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def(
       "norm_fwd",
       [](int dtype, bool centred, std::array<int64_t, 4> sizes, Rows x, Rows residual, uintptr_t weight, uintptr_t bias, uintptr_t normed,
-         uintptr_t summed, float eps, float offset, int threads, ExtentList extents) {
+         uintptr_t summed, float eps, float offset, int threads, ExtentList extents, RotationTables rotary) {
         py::gil_scoped_release release;
         norm_fwd({static_cast<DType>(dtype), centred, shape(sizes), rows(x), rows(residual), at(weight), at(bias), at(normed), at(summed),
-                  eps, offset},
+                  eps, offset, rotation(rotary)},
                  threads, Extents(std::move(extents)));
       },
       py::arg("dtype"), py::arg("centred"), py::arg("sizes"), py::arg("x"), py::arg("residual"), py::arg("weight"), py::arg("bias"),
-      py::arg("normed"), py::arg("summed"), py::arg("eps"), py::arg("offset"), py::arg("threads"), kExtents);
+      py::arg("normed"), py::arg("summed"), py::arg("eps"), py::arg("offset"), py::arg("threads"), kExtents,
+      py::arg("rotary") = RotationTables());
   m.def(
       "norm_bwd",
       [](int dtype, bool centred, std::array<int64_t, 4> sizes, Rows grad, Rows grad_summed, Rows summed, uintptr_t weight, uintptr_t d_x,
-         uintptr_t d_weight, uintptr_t d_bias, float eps, float offset, int threads, ExtentList extents) {
+         uintptr_t d_weight, uintptr_t d_bias, float eps, float offset, int threads, ExtentList extents, RotationTables rotary) {
         py::gil_scoped_release release;
         norm_bwd({static_cast<DType>(dtype), centred, shape(sizes), rows(grad), rows(grad_summed), rows(summed), at(weight), at(d_x),
-                  at(d_weight), at(d_bias), eps, offset},
+                  at(d_weight), at(d_bias), eps, offset, rotation(rotary)},
                  threads, Extents(std::move(extents)));
       },
       py::arg("dtype"), py::arg("centred"), py::arg("sizes"), py::arg("grad"), py::arg("grad_summed"), py::arg("summed"),
       py::arg("weight"), py::arg("d_x"), py::arg("d_weight"), py::arg("d_bias"), py::arg("eps"), py::arg("offset"), py::arg("threads"),
-      kExtents);
+      kExtents, py::arg("rotary") = RotationTables());
   m.def(
       "silu_mul_fwd",
       [](int dtype, uintptr_t up, int64_t up_stride, uintptr_t out, int64_t rows, int64_t cols, int threads,

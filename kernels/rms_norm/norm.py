@@ -1,4 +1,6 @@
-"""A residual sum and the RMS norm of it in one pass, and its gradient. Zhang and Sennrich (2019).
+"""A residual sum and the RMS norm of it in one pass, or the norm of heads and their rotation, and their gradients.
+
+Zhang and Sennrich (2019); Su et al. (2021), eq. 34, for the rotation.
 
 A row is read once and kept in registers, in two parts (`blocks.parts`). Rows are counted through up to three sizes
 (`_rows`), so that a head's view of a fused projection is read in place.
@@ -54,8 +56,22 @@ def _normed(b_rows, eps, COLS: tl.constexpr):
     return [b * b_scale for b in b_rows], b_scale
 
 
+@triton.jit
+def _pairs(PART: tl.constexpr, COLS: tl.constexpr, LO: tl.constexpr, HI: tl.constexpr, INTERLEAVED: tl.constexpr):
+    """Of a part's columns: themselves, the other one of each one's pair, the pair, and -1 for the first of a pair and
+    1 for the second."""
+    HALF: tl.constexpr = COLS // 2
+    o_col = LO * PART + tl.arange(0, HI if PART else LO)[None, :]
+    if INTERLEAVED:
+        o_other, o_pair, first = o_col ^ 1, o_col // 2, o_col % 2 == 0
+    else:
+        first = o_col < HALF
+        o_other, o_pair = tl.where(first, o_col + HALF, o_col - HALF), tl.where(first, o_col, o_col - HALF)
+    return o_col, o_other, o_pair, tl.where(first, -1.0, 1.0)
+
+
 # what calls of one model differ by, for which kernels are not to be compiled again
-_SIZES = ("rows", "middle", "inner")
+_SIZES = ("rows", "middle", "inner", "heads", "tokens", "stride_cos", "stride_sin")
 
 
 def _strides_of(*tensors: str) -> tuple[str, ...]:
@@ -69,6 +85,8 @@ def rms_norm_fwd_kernel(
     p_weight,
     p_normed,
     p_summed,
+    p_cos,
+    p_sin,
     rows,
     middle,
     inner,
@@ -78,8 +96,13 @@ def rms_norm_fwd_kernel(
     outer_residual,
     middle_residual,
     inner_residual,
+    heads,
+    tokens,
+    stride_cos,
+    stride_sin,
     eps,
     offset,
+    INTERLEAVED: tl.constexpr,
     UNIT: tl.constexpr,
     LEVELS: tl.constexpr,
     COLS: tl.constexpr,
@@ -89,9 +112,11 @@ def rms_norm_fwd_kernel(
 ):
     """x and residual [rows, COLS], counted through LEVELS sizes of which the last are middle and inner, of strides in
     units of UNIT -> summed = x + residual and its RMS norm times weight [COLS] + offset, both dense; residual, and with
-    it summed, may be None.
+    it summed, may be None. With tables [tokens, COLS / 2] of cosines and sines in place of a residual, row r is turned
+    by those of token r / heads % tokens.
 
-    Grid: blocks of rows. FLOPs: about 6 an element. Bytes: each tensor once.
+    Grid: blocks of rows. FLOPs: about 6 an element. Bytes: each tensor once; the other channels of pairs come from
+    the first cache.
     """
     PARTS: tl.constexpr = 2 if HI else 1
     o_row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
@@ -111,9 +136,19 @@ def rms_norm_fwd_kernel(
             b_sum = b_sum.to(p_summed.dtype.element_ty)
             parts.store(p_summed + o_dense, m_row, b_sum, i, COLS, LO, HI)
         b_rows += (b_sum.to(tl.float32),)
-    b_rows, _ = _normed(b_rows, eps, COLS)
+    b_rows, b_scale = _normed(b_rows, eps, COLS)
+    if p_cos is not None:
+        o_token = (o_row // heads % tokens).to(tl.int64)
+        p_cosines, p_sines = p_cos + o_token * stride_cos, p_sin + o_token * stride_sin
     for i in tl.static_range(PARTS):
         b_normed = b_rows[i] * (parts.load_vector(p_weight, i, COLS, LO, HI) + offset)
+        if p_cos is not None:
+            o_col, o_other, o_pair, b_sign = _pairs(i, COLS, LO, HI, INTERLEAVED)
+            mask = m_row & (o_col < COLS)
+            b_other = tl.load(p_rows + o_other, mask=mask, other=0).to(tl.float32) * b_scale
+            b_other *= tl.load(p_weight + o_other, mask=o_col < COLS, other=0).to(tl.float32) + offset
+            b_sin = b_sign * tl.load(p_sines + o_pair, mask=mask, other=0)
+            b_normed = b_normed * tl.load(p_cosines + o_pair, mask=mask, other=0) + b_other * b_sin
         parts.store(p_normed + o_dense, m_row, b_normed, i, COLS, LO, HI)
 
 
@@ -125,6 +160,8 @@ def rms_norm_bwd_kernel(
     p_weight,
     p_d_x,
     p_d_weight,
+    p_cos,
+    p_sin,
     rows,
     middle,
     inner,
@@ -137,8 +174,13 @@ def rms_norm_bwd_kernel(
     outer_summed,
     middle_summed,
     inner_summed,
+    heads,
+    tokens,
+    stride_cos,
+    stride_sin,
     eps,
     offset,
+    INTERLEAVED: tl.constexpr,
     UNIT: tl.constexpr,
     LEVELS: tl.constexpr,
     COLS: tl.constexpr,
@@ -150,6 +192,7 @@ def rms_norm_bwd_kernel(
 ):
     """grad by normed, grad_summed by summed, which may be None, and summed [rows, COLS], counted and strided as the
     forward's -> d_x, dense, and with PARAMETERS each program's share of d_weight [programs, COLS] in float32.
+    Where the forward turned rows, grad is turned back first.
 
     The mean square is computed again from the row at hand. Grid: n programs, each with every n-th block of rows, so
     that the shares are few and their sum is always made in the same order. FLOPs: about 12 an element. Bytes: grad,
@@ -166,8 +209,18 @@ def rms_norm_bwd_kernel(
         p_grads = _row_pointers(p_grad, o_row, middle, inner, outer_grad, middle_grad, inner_grad, LEVELS)
         p_rows = _row_pointers(p_summed, o_row, middle, inner, outer_summed, middle_summed, inner_summed, LEVELS)
         b_grad, b_weighted, b_rows = (), (), ()
+        if p_cos is not None:
+            o_token = (o_row // heads % tokens).to(tl.int64)
+            p_cosines, p_sines = p_cos + o_token * stride_cos, p_sin + o_token * stride_sin
         for i in tl.static_range(PARTS):
-            b_grad += (parts.load(p_grads, m_row, i, COLS, LO, HI),)
+            b_own = parts.load(p_grads, m_row, i, COLS, LO, HI)
+            if p_cos is not None:
+                o_col, o_other, o_pair, b_sign = _pairs(i, COLS, LO, HI, INTERLEAVED)
+                mask = m_row & (o_col < COLS)
+                b_other = tl.load(p_grads + o_other, mask=mask, other=0).to(tl.float32)
+                b_sin = b_sign * tl.load(p_sines + o_pair, mask=mask, other=0)
+                b_own = b_own * tl.load(p_cosines + o_pair, mask=mask, other=0) - b_other * b_sin
+            b_grad += (b_own,)
             b_weighted += (b_grad[i] * (parts.load_vector(p_weight, i, COLS, LO, HI) + offset),)
             b_rows += (parts.load(p_rows, m_row, i, COLS, LO, HI),)
         b_rows, b_scale = _normed(b_rows, eps, COLS)
@@ -192,9 +245,17 @@ def rms_norm_bwd_kernel(
 
 
 def rms_norm_fwd(
-    x: Tensor, weight: Tensor, residual: Tensor | None, eps: float, offset: float
+    x: Tensor,
+    weight: Tensor,
+    residual: Tensor | None,
+    eps: float,
+    offset: float,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+    interleaved: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """RMS norm of x + residual and that sum, dense and of x's shape; without residual, None in place of the sum."""
+    """RMS norm of x + residual, turned where there are tables, and that sum, dense and of x's shape; without residual,
+    None in place of the sum."""
     normed = x.new_empty(x.shape)
     summed = None if residual is None else x.new_empty(x.shape)
     if x.numel():
@@ -202,8 +263,9 @@ def rms_norm_fwd(
         config = select("rms_norm_fwd_kernel", x, cols=x.shape[-1])
         counted, constants = _arguments(rows, x)
         grid = (triton.cdiv(counted[0], config["BLOCK_M"]),)
-        args = (*rows.tensors, weight.contiguous(), normed, summed, *counted, eps, offset)
-        launch(rms_norm_fwd_kernel, grid, args, config, **constants)
+        tables, turns = _rotation(x, cos, sin)
+        args = (*rows.tensors, weight.contiguous(), normed, summed, *tables, *counted, *turns, eps, offset)
+        launch(rms_norm_fwd_kernel, grid, args, config, INTERLEAVED=interleaved, **constants)
     return normed, summed
 
 
@@ -215,6 +277,9 @@ def rms_norm_bwd(
     eps: float,
     offset: float,
     parameters: bool,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+    interleaved: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """Gradients by x (and by the residual, the same) and weight; the last, float32, None unless wanted."""
     d_x, cols = summed.new_empty(summed.shape), summed.shape[-1]
@@ -225,8 +290,10 @@ def rms_norm_bwd(
     config = dict(select("rms_norm_bwd_kernel", summed, cols=cols))
     programs = min(config.pop("PROGRAMS"), triton.cdiv(counted[0], config["BLOCK_M"]))
     shares = summed.new_empty(programs, cols, dtype=torch.float32) if parameters else None
-    args = (*rows.tensors, weight.contiguous(), d_x, shares, *counted, eps, offset)
-    launch(rms_norm_bwd_kernel, (programs,), args, config, PARAMETERS=parameters, **constants)
+    tables, turns = _rotation(summed, cos, sin)
+    args = (*rows.tensors, weight.contiguous(), d_x, shares, *tables, *counted, *turns, eps, offset)
+    constants |= {"PARAMETERS": parameters, "INTERLEAVED": interleaved}
+    launch(rms_norm_bwd_kernel, (programs,), args, config, **constants)
     return d_x, None if shares is None else shares.sum(0)
 
 
@@ -238,6 +305,16 @@ def _arguments(rows: _rows.Rows, like: Tensor) -> tuple[tuple[int, ...], dict[st
     return (rows.count, *_rows.padded(rows.sizes, 1)[1:], *strides), constants
 
 
+def _rotation(
+    x: Tensor, cos: Tensor | None, sin: Tensor | None
+) -> tuple[tuple[Tensor | None, Tensor | None], tuple[int, ...]]:
+    """Tables [tokens, ..], and heads, tokens and strides, as both kernels take them."""
+    if cos is None:
+        return (None, None), (1, 1, 0, 0)
+    cos, sin = cos.flatten(0, -2), sin.flatten(0, -2)
+    return (cos, sin), (x.shape[-2], cos.shape[0], cos.stride(0), sin.stride(0))
+
+
 def _example_rows(dtype: torch.dtype, device: str, cols: int, heads: bool) -> Tensor:
     """[rows, C], or [B, H, N, D] of heads in a fused projection."""
     if heads:
@@ -247,18 +324,26 @@ def _example_rows(dtype: torch.dtype, device: str, cols: int, heads: bool) -> Te
 
 
 def _forward_example(
-    dtype: torch.dtype, device: str, cols: int, residual: bool = True, heads: bool = False
+    dtype: torch.dtype, device: str, cols: int, residual: bool = True, heads: bool = False, rotary: bool = False
 ) -> Callable[[], tuple[Tensor, Tensor | None]]:
     x, weight = _example_rows(dtype, device, cols, heads), torch.randn(cols, dtype=dtype, device=device)
+    if rotary:
+        x = x.unflatten(0, (-1, _HEADS))
+        tables = torch.randn(2, _ROWS // _HEADS, cols // 2, device=device).unbind()
+        return lambda: rms_norm_fwd(x, weight, None, 1e-6, 0.0, *tables)
     other = torch.randn_like(x) if residual else None
     return lambda: rms_norm_fwd(x, weight, other, 1e-6, 0.0)
 
 
 def _backward_example(
-    dtype: torch.dtype, device: str, cols: int, parameters: bool = True, heads: bool = False
+    dtype: torch.dtype, device: str, cols: int, parameters: bool = True, heads: bool = False, rotary: bool = False
 ) -> Callable[[], tuple[Tensor, Tensor | None]]:
     summed, weight = _example_rows(dtype, device, cols, heads), torch.randn(cols, dtype=dtype, device=device)
     grad, grad_summed = torch.randn(2, *summed.shape, dtype=dtype, device=device)
+    if rotary:
+        summed, grad = (t.unflatten(0, (-1, _HEADS)) for t in (summed, grad))
+        tables = torch.randn(2, _ROWS // _HEADS, cols // 2, device=device).unbind()
+        return lambda: rms_norm_bwd(grad, None, summed, weight, 1e-6, 0.0, parameters, *tables)
     return lambda: rms_norm_bwd(grad, grad_summed, summed, weight, 1e-6, 0.0, parameters)
 
 
@@ -275,7 +360,7 @@ def _kernel(
         cost,
         candidates,
         shapes=tuple({"cols": cols} for cols in (128, 1152, 4096, 8192)),
-        variants=({}, {"heads": True}, *variants),
+        variants=({}, {"heads": True}, {"rotary": True}, *variants),
     )
 
 

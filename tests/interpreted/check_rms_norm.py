@@ -202,6 +202,48 @@ def test_bitwise_repeatable(blocks):
         assert torch.equal(a, b)
 
 
+def turned(x, weight, angles, interleaved):
+    """In float64, each pair of channels by its angle's matrix."""
+    wide = x.double()
+    normed = wide / (wide.square().mean(-1, keepdim=True) + 1e-6).sqrt() * (weight.double() + 1)
+    pairs = normed.unflatten(-1, (-1, 2)) if interleaved else normed.unflatten(-1, (2, -1)).mT
+    cos, sin = angles.double().cos(), angles.double().sin()
+    matrix = torch.stack([torch.stack([cos, -sin], -1), torch.stack([sin, cos], -1)], -2)
+    pairs = torch.einsum("...npij,...nhpj->...nhpi", matrix, pairs)
+    return (pairs if interleaved else pairs.mT).flatten(-2)
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("cols", [2, 16, 24, 130])
+def test_rotary(blocks, cols, interleaved):
+    """Of heads dense, in a fused projection, and heads first; tables of tokens, and of all leading dimensions."""
+    weight = torch.randn(cols, requires_grad=True)
+    of_tokens, of_all = torch.rand(5, cols // 2) * 6, torch.rand(2, 5, cols // 2) * 6
+    qkv = torch.randn(2, 5, 3, 3, cols)
+    for x in (qkv[:, :, 1].contiguous(), qkv[:, :, 2], torch.randn(2, 3, 5, cols).transpose(1, 2)):
+        for angles in (of_tokens, of_all):
+            tables = tuple(torch.cat([t, t], -1) if cols == 24 else t for t in (angles.cos(), angles.sin()))
+            leaf, grad = x.detach().requires_grad_(), torch.randn(2, 5, 3, cols)
+            actual = ops.rms_norm(leaf, weight, rotary=tables, interleaved=interleaved, offset=1.0)
+            wide = x.double().requires_grad_(), weight.detach().double().requires_grad_()
+            expected = turned(*wide, angles, interleaved)
+            torch.testing.assert_close(actual.double(), expected, rtol=1e-4, atol=1e-5)
+            found = torch.autograd.grad(actual, (leaf, weight), grad)
+            for a, e in zip(found, torch.autograd.grad(expected, wide, grad.double()), strict=True):
+                torch.testing.assert_close(a.double(), e, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", LOW_PRECISION)
+def test_rotary_in_low_precision(dtype):
+    """Rounded once, behind the rotation."""
+    x, weight = torch.randn(2, 5, 3, 72).to(dtype), torch.randn(72).to(dtype)
+    angles = torch.rand(5, 36) * 6
+    actual = ops.rms_norm(x, weight, rotary=(angles.cos(), angles.sin()), offset=1.0)
+    exact = turned(x, weight, angles, False)
+    step = torch.exp2(exact.abs().log2().floor()) * torch.finfo(dtype).eps
+    assert actual.dtype == dtype and ((actual.double() - exact).abs() <= step / 2 + 1e-5).all()
+
+
 def test_declines_what_it_has_no_kernel_for():
     for x in (torch.randn(2, 8).double(), torch.randn(1, 8200), torch.randn(2, 0), torch.randn(1).expand(2**30 + 1, 1)):
         with pytest.raises(vlmkern.BackendUnavailable, match="columns"):

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..dispatch.extension import dtype_code, extension, extents
 from ..kernels import _rows
+
+
+class Rotation(NamedTuple):
+    """What normed rows [..., N, H, C] are turned by: tables [N, C / 2] or wider, or of all leading dimensions."""
+
+    cos: Tensor
+    sin: Tensor
+    interleaved: bool
 
 
 def norm(
@@ -19,8 +28,9 @@ def norm(
     eps: float,
     offset: float,
     centred: bool,
+    rotary: Rotation | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """x and residual [..., C] -> the norm of their sum, times weight + offset, plus bias, and the sum; without
+    """x and residual [..., C] -> the norm of their sum, times weight + offset, plus bias, turned, and the sum; without
     residual, [0] for that."""
     normed = x.new_empty(x.shape)
     summed = x.new_empty(0 if residual is None else x.shape)
@@ -28,6 +38,7 @@ def norm(
         return normed, summed
     rows = _rows.of(x, residual)
     weight, bias = _dense(weight), _dense(bias)
+    turn, tables = _tables(rotary, x)
     extension().norm_fwd(
         dtype_code(x.dtype),
         centred,
@@ -39,7 +50,8 @@ def norm(
         eps,
         offset,
         torch.get_num_threads(),
-        extents(*rows.tensors, weight, bias, normed, None if residual is None else summed),
+        extents(*rows.tensors, weight, bias, normed, None if residual is None else summed, *tables),
+        *turn,
     )
     return normed, summed
 
@@ -53,6 +65,7 @@ def norm_bwd(
     offset: float,
     wanted: Sequence[bool],
     centred: bool,
+    rotary: Rotation | None = None,
 ) -> list[Tensor]:
     """Gradients by (x or residual, which are the same, weight, bias), those that are wanted, in this order."""
     cols = summed.shape[-1]
@@ -63,6 +76,7 @@ def norm_bwd(
     d_weight, d_bias = (summed.new_empty(cols) if want else None for want in (*wanted[1:], False)[:2])
     rows = _rows.of(grad, grad_summed, summed)
     weight = _dense(weight)
+    turn, tables = _tables(rotary, summed)
     extension().norm_bwd(
         dtype_code(summed.dtype),
         centred,
@@ -74,7 +88,8 @@ def norm_bwd(
         eps,
         offset,
         torch.get_num_threads(),
-        extents(*rows.tensors, weight, d_x, d_weight, d_bias),
+        extents(*rows.tensors, weight, d_x, d_weight, d_bias, *tables),
+        *turn,
     )
     return [t for t, want in zip((d_x, d_weight, d_bias), wanted, strict=False) if want]
 
@@ -91,3 +106,12 @@ def _pointer(tensor: Tensor | None) -> int:
 
 def _dense(parameter: Tensor | None) -> Tensor | None:
     return None if parameter is None else parameter.contiguous()
+
+
+def _tables(rotary: Rotation | None, x: Tensor) -> tuple[tuple[object, ...], tuple[Tensor, ...]]:
+    """The extension's last argument, if it needs one, and the tables that it has addresses of."""
+    if rotary is None:
+        return (), ()
+    cos, sin = (t.flatten(0, -2) for t in rotary[:2])
+    at = ((t.data_ptr(), t.stride(0)) for t in (cos, sin))
+    return ((*at, cos.shape[0], x.shape[-2], rotary.interleaved),), (cos, sin)

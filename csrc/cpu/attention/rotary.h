@@ -1,40 +1,12 @@
-// Rows of heads turned by their tokens' angles: pairs of channels (a, b) become (a cos - b sin, b cos + a sin), in float32.
+// Rows of heads turned by their tokens' angles.
 #pragma once
 
 #include "cpu/attention/attention.h"
-#include "cpu/vec.h"
+#include "cpu/rotation.h"
 
 namespace vlmkern {
 namespace VLMKERN_ISA {
 namespace {
-
-// `to` may be `from`. A direction of -1 turns back.
-template <typename From, typename To>
-void turn_row(const From* from, const float* cos, const float* sin, bool interleaved, int64_t head_dim, float direction, To* to) {
-  const int64_t half = head_dim / 2;
-  if (interleaved) {
-    for (int64_t i = 0; i < half; i += Vec::width) {
-      const int n = int(half - i < Vec::width ? half - i : Vec::width);
-      float x[2 * Vec::width];
-      const int first = 2 * n < Vec::width ? 2 * n : Vec::width, second = 2 * n - first;
-      store(x, load_n(from + 2 * i, first));
-      store(x + Vec::width, second > 0 ? load_n(from + 2 * i + Vec::width, second) : set1(0.0f));
-      for (int j = 0; j < n; ++j) {
-        const float a = x[2 * j], b = x[2 * j + 1], c = cos[i + j], s = sin[i + j] * direction;
-        x[2 * j] = a * c - b * s, x[2 * j + 1] = b * c + a * s;
-      }
-      store_n(to + 2 * i, load(x), first);
-      if (second > 0) store_n(to + 2 * i + Vec::width, load(x + Vec::width), second);
-    }
-    return;
-  }
-  for (int64_t i = 0; i < half; i += Vec::width) {
-    const int n = int(half - i < Vec::width ? half - i : Vec::width);
-    const Vec a = load_n(from + i, n), b = load_n(from + half + i, n), c = load_n(cos + i, n), s = load_n(sin + i, n) * set1(direction);
-    store_n(to + i, a * c - b * s, n);
-    store_n(to + half + i, b * c + a * s, n);
-  }
-}
 
 // Rows of a tensor, as they are or turned.
 template <typename T>

@@ -2,11 +2,12 @@
 // g = grad * weight, where means are those over the row:
 //     d_x = scale * (g - mean(g) - n * mean(g * n)) + grad_summed, without mean(g) for RMS norm;
 //     d_weight = sum over rows of grad * n, d_bias = sum over rows of grad.
-// The statistics are computed again from the row.
+// The statistics are computed again from the row. Where the forward turned rows, grad is turned back first, in float32.
 //
 // Traffic: grad, grad_summed, summed and d_x once, as rows are read again from the first cache. About 20 FLOPs an
 // element.
 #include "cpu/norms/rows.h"
+#include "cpu/rotation.h"
 
 namespace vlmkern {
 namespace VLMKERN_ISA {
@@ -18,17 +19,19 @@ constexpr int kRows = 4;
 // less time. Short rows that come from memory in turns are no streams that it could foresee: 1.8 times the time at 512.
 constexpr int64_t kLongRow = 2048;
 
-template <typename T>
+// G is what grad is read as: T, or float once it is turned back.
+template <typename T, typename G>
 struct Row {
-  const T *grad, *grad_summed, *x;
+  const G* grad;
+  const T *grad_summed, *x;
   T* d_x;
   Moments moments;
   // mean(g) and mean(g * n)
   float level, along;
 };
 
-template <typename T, bool centred>
-inline void measure(Row<T>& row, const float* weight, int64_t cols, float eps) {
+template <typename T, typename G, bool centred>
+inline void measure(Row<T, G>& row, const float* weight, int64_t cols, float eps) {
   const int lanes = lanes_of(cols);
   float pivot = centred ? pivot_of(load_n(row.x, lanes), lanes) : 0.0f;
   for (int pass = 0; pass < 2; ++pass) {
@@ -51,14 +54,14 @@ inline void measure(Row<T>& row, const float* weight, int64_t cols, float eps) {
   }
 }
 
-template <typename T, bool centred, int rows>
-inline void differentiate(const Row<T> (&row)[kRows], const float* weight, int64_t cols, float* d_weight, float* d_bias) {
+template <typename T, typename G, bool centred, int rows>
+inline void differentiate(const Row<T, G> (&row)[kRows], const float* weight, int64_t cols, float* d_weight, float* d_bias) {
   over_columns(0, cols, [&](int64_t c, int n, int) {
     const Vec w = weight ? load_n(weight + c, n) : set1(1.0f);
     Vec of_weight = d_weight ? load_n(d_weight + c, n) : set1(0.0f), of_bias = d_bias ? load_n(d_bias + c, n) : set1(0.0f);
 #pragma GCC unroll 4
     for (int r = 0; r < rows; ++r) {
-      const Row<T>& at = row[r];
+      const Row<T, G>& at = row[r];
       const Vec grad = load_n(at.grad + c, n);
       Vec normed = load_n(at.x + c, n);
       if (centred) normed = normed - set1(at.moments.mean);
@@ -76,42 +79,54 @@ inline void differentiate(const Row<T> (&row)[kRows], const float* weight, int64
   });
 }
 
-template <typename T, bool centred>
-void norm_bwd(const NormBwd& p, const float* weight, int64_t begin, int64_t end, float* d_weight, float* d_bias) {
+// `grad_of(r)` gives the gradient of the r-th of a few rows, when `at` is there.
+template <typename T, typename G, bool centred, class Grad>
+void over_rows(const NormBwd& p, const float* weight, int64_t begin, int64_t end, float* d_weight, float* d_bias, Grad grad_of) {
   const int64_t cols = p.shape.cols;
   if (d_weight) memset(d_weight, 0, cols * sizeof(float));
   if (d_bias) memset(d_bias, 0, cols * sizeof(float));
   Cursor at(p.shape, begin);
-  Row<T> rows[kRows];
+  Row<T, G> rows[kRows];
   const int together = cols * int64_t(sizeof(T)) >= kLongRow ? kRows : 1;
   for (int64_t first = begin; first < end; first += together) {
     const int count = int(end - first < together ? end - first : together);
     for (int r = 0; r < count; ++r, at.next()) {
-      rows[r].grad = at.of<T>(p.grad), rows[r].x = at.of<T>(p.summed);
+      rows[r].grad = grad_of(at, r), rows[r].x = at.of<T>(p.summed);
       rows[r].grad_summed = p.grad_summed.data ? at.of<T>(p.grad_summed) : nullptr;
       rows[r].d_x = static_cast<T*>(p.d_x) + (first + r) * cols;
-      measure<T, centred>(rows[r], weight, cols, p.eps);
+      measure<T, G, centred>(rows[r], weight, cols, p.eps);
     }
     switch (count) {
-      case 1: differentiate<T, centred, 1>(rows, weight, cols, d_weight, d_bias); break;
-      case 2: differentiate<T, centred, 2>(rows, weight, cols, d_weight, d_bias); break;
-      case 3: differentiate<T, centred, 3>(rows, weight, cols, d_weight, d_bias); break;
-      case 4: differentiate<T, centred, 4>(rows, weight, cols, d_weight, d_bias); break;
+      case 1: differentiate<T, G, centred, 1>(rows, weight, cols, d_weight, d_bias); break;
+      case 2: differentiate<T, G, centred, 2>(rows, weight, cols, d_weight, d_bias); break;
+      case 3: differentiate<T, G, centred, 3>(rows, weight, cols, d_weight, d_bias); break;
+      case 4: differentiate<T, G, centred, 4>(rows, weight, cols, d_weight, d_bias); break;
     }
   }
 }
 
 template <typename T>
-void norm_bwd(const NormBwd& p, const float* weight, int64_t begin, int64_t end, float* d_weight, float* d_bias) {
-  return p.centred ? norm_bwd<T, true>(p, weight, begin, end, d_weight, d_bias)
-                   : norm_bwd<T, false>(p, weight, begin, end, d_weight, d_bias);
+void norm_bwd(const NormBwd& p, const float* weight, int64_t begin, int64_t end, float* d_weight, float* d_bias, float* turned) {
+  auto as_it_is = [&](const Cursor& at, int) { return at.of<T>(p.grad); };
+  if (p.centred) return over_rows<T, T, true>(p, weight, begin, end, d_weight, d_bias, as_it_is);
+  if (!p.rotation.cos) return over_rows<T, T, false>(p, weight, begin, end, d_weight, d_bias, as_it_is);
+  TokenCursor token(p.rotation, begin);
+  over_rows<T, float, false>(p, weight, begin, end, d_weight, d_bias, [&](const Cursor& at, int r) {
+    float* row = turned + r * p.shape.cols;
+    turn_row(at.of<T>(p.grad), token.cos(), token.sin(), p.rotation.interleaved, p.shape.cols, -1.0f, row);
+    token.next();
+    return row;
+  });
 }
 
-void run(const NormBwd& p, const float* weight, int64_t begin, int64_t end, float* d_weight, float* d_bias) {
+size_t scratch(const NormBwd& p) { return p.rotation.cos ? kRows * p.shape.cols * sizeof(float) : 0; }
+
+void run(const NormBwd& p, const float* weight, int64_t begin, int64_t end, float* d_weight, float* d_bias, void* scratch) {
+  float* turned = static_cast<float*>(scratch);
   switch (p.dtype) {
-    case DType::f32: return norm_bwd<float>(p, weight, begin, end, d_weight, d_bias);
-    case DType::bf16: return norm_bwd<bf16>(p, weight, begin, end, d_weight, d_bias);
-    case DType::f16: return norm_bwd<f16>(p, weight, begin, end, d_weight, d_bias);
+    case DType::f32: return norm_bwd<float>(p, weight, begin, end, d_weight, d_bias, turned);
+    case DType::bf16: return norm_bwd<bf16>(p, weight, begin, end, d_weight, d_bias, turned);
+    case DType::f16: return norm_bwd<f16>(p, weight, begin, end, d_weight, d_bias, turned);
   }
 }
 
@@ -134,7 +149,7 @@ void run_sum(DType dtype, const float* shares, int64_t count, int64_t cols, int6
 
 }  // namespace
 
-extern const NormBwdKernel norm_bwd_kernel{run, run_sum};
+extern const NormBwdKernel norm_bwd_kernel{scratch, run, run_sum};
 
 }  // namespace VLMKERN_ISA
 }  // namespace vlmkern

@@ -51,6 +51,20 @@ void require_input(const Extents& extents, size_t tensor, const char* name, cons
   extents.require_reach(tensor, name, reach({{n.outer, t.outer}, {n.middle, t.middle}, {n.inner, t.inner}}, n.cols));
 }
 
+// The first of its two tables among the extents is `table`.
+void require_rotation(const Extents& extents, size_t table, const NormRotation& r, const NormShape& n, bool centred) {
+  require(!r.cos == !r.sin, "rotary: expected cos and sin, or neither");
+  if (!r.cos) return;
+  require(!centred, "rotary: expected none for layer norm");
+  require(n.cols % 2 == 0, "rotary: expected an even number of columns");
+  require(r.heads >= 1 && r.tokens >= 1, "rotary: expected at least one head and one token");
+  require_product("rotary", {r.tokens, n.cols});
+  require_stride("cos", r.cos_stride, r.tokens);
+  require_stride("sin", r.sin_stride, r.tokens);
+  extents.require_reach(table, "cos", reach({{r.tokens, r.cos_stride}}, n.cols / 2));
+  extents.require_reach(table + 1, "sin", reach({{r.tokens, r.sin_stride}}, n.cols / 2));
+}
+
 // Units of work worth a thread each.
 int64_t worthwhile(int threads, const NormShape& n) {
   return std::max<int64_t>(1, std::min<int64_t>(threads, rows_of(n) * n.cols / kElementsPerThread));
@@ -61,7 +75,7 @@ int64_t worthwhile(int threads, const NormShape& n) {
 void norm_fwd(const Norm& p, int threads, const Extents& extents) {
   const NormShape& n = p.shape;
   require_shape(p.dtype, n, threads);
-  extents.require_tensors(6);
+  extents.require_tensors(p.rotation.cos ? 8 : 6);
   const int64_t rows = rows_of(n);
   if (rows == 0 || n.cols == 0) return;
   require(p.x.data && p.normed, "null pointer for a tensor that has elements");
@@ -72,6 +86,8 @@ void norm_fwd(const Norm& p, int threads, const Extents& extents) {
   extents.require_reach(3, "bias", p.bias ? n.cols : 0);
   extents.require_reach(4, "normed", rows * n.cols);
   extents.require_reach(5, "summed", p.summed ? rows * n.cols : 0);
+  require_rotation(extents, 6, p.rotation, n, p.centred);
+  require(!p.rotation.cos || (p.weight && !p.bias && !p.residual.data), "rotary: expected a weight, no bias and no residual");
 
   const Floats weight = widened(p.dtype, p.weight, p.offset, n.cols), bias = widened(p.dtype, p.bias, 0.0f, n.cols);
   const NormFwdKernel& kernel = kernels().norm_fwd_kernel;
@@ -84,7 +100,7 @@ void norm_fwd(const Norm& p, int threads, const Extents& extents) {
 void norm_bwd(const NormBwd& p, int threads, const Extents& extents) {
   const NormShape& n = p.shape;
   require_shape(p.dtype, n, threads);
-  extents.require_tensors(7);
+  extents.require_tensors(p.rotation.cos ? 9 : 7);
   const int64_t rows = rows_of(n), cols = n.cols;
   if (cols == 0) return;
   if (rows > 0) require(p.grad.data && p.summed.data && p.d_x, "null pointer for a tensor that has elements");
@@ -95,14 +111,15 @@ void norm_bwd(const NormBwd& p, int threads, const Extents& extents) {
   extents.require_reach(4, "d_x", rows * cols);
   extents.require_reach(5, "d_weight", p.d_weight ? cols : 0);
   extents.require_reach(6, "d_bias", p.d_bias ? cols : 0);
+  require_rotation(extents, 7, p.rotation, n, p.centred);
 
   const Floats weight = widened(p.dtype, p.weight, p.offset, cols);
   const NormBwdKernel& kernel = kernels().norm_bwd_kernel;
   const int64_t step = std::max(kRowsPerShare, (rows + kShares - 1) / kShares), units = (rows + step - 1) / step;
   const Floats of_weight = p.d_weight ? floats(units * cols) : nullptr, of_bias = p.d_bias ? floats(units * cols) : nullptr;
   auto share = [&](const Floats& shares, int64_t unit) { return shares ? shares.get() + unit * cols : nullptr; };
-  if (rows > 0) over_units(units, int(worthwhile(threads, n)), 0, [&](int64_t unit, void*) {
-    kernel.run(p, weight.get(), unit * step, std::min(rows, (unit + 1) * step), share(of_weight, unit), share(of_bias, unit));
+  if (rows > 0) over_units(units, int(worthwhile(threads, n)), kernel.scratch(p), [&](int64_t unit, void* scratch) {
+    kernel.run(p, weight.get(), unit * step, std::min(rows, (unit + 1) * step), share(of_weight, unit), share(of_bias, unit), scratch);
   });
   const int64_t wanted = std::max<int64_t>(1, std::min<int64_t>(threads, units * cols / kElementsPerThread));
   over_shares(cols, wanted, [&](int64_t begin, int64_t end) {

@@ -1,9 +1,10 @@
-// summed = x + residual and the layer norm or RMS norm of it, row by row; statistics are float32 and those of the sum as
+// summed = x + residual and the layer norm or RMS norm of it, the latter turned if it is to be, row by row; statistics are float32 and those of the sum as
 // rounded. Ba, Kiros and Hinton, "Layer Normalization" (2016); Zhang and Sennrich, "Root Mean Square Layer
 // Normalization" (2019).
 //
 // Traffic: each tensor once, as a row is read again from the first cache. About 10 FLOPs an element.
 #include "cpu/norms/rows.h"
+#include "cpu/rotation.h"
 
 namespace vlmkern {
 namespace VLMKERN_ISA {
@@ -52,8 +53,24 @@ void norm(const Norm& p, const float* weight, const float* bias, int64_t begin, 
   }
 }
 
+// RMS norm, turned before it is rounded.
+template <typename T>
+void norm_and_turn(const Norm& p, const float* weight, int64_t begin, int64_t end) {
+  const int64_t cols = p.shape.cols;
+  Cursor at(p.shape, begin);
+  TokenCursor token(p.rotation, begin);
+  for (int64_t row = begin; row < end; ++row, at.next(), token.next()) {
+    const T* x = at.of<T>(p.x);
+    T* normed = static_cast<T*>(p.normed) + row * cols;
+    const Vec scale = set1(measure<T, false>(x, nullptr, nullptr, cols, p.eps).scale);
+    turn([&](int64_t c, int n) { return load_n(x + c, n) * scale * load_n(weight + c, n); },
+         [&](int64_t c, Vec y, int n) { store_n(normed + c, y, n); }, token.cos(), token.sin(), p.rotation.interleaved, cols, 1.0f);
+  }
+}
+
 template <typename T>
 void norm(const Norm& p, const float* weight, const float* bias, int64_t begin, int64_t end) {
+  if (p.rotation.cos) return norm_and_turn<T>(p, weight, begin, end);
   return p.centred ? norm<T, true>(p, weight, bias, begin, end) : norm<T, false>(p, weight, bias, begin, end);
 }
 

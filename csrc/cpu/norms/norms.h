@@ -2,6 +2,7 @@
 // points. The two differ in whether rows are centred, that is, whether their mean is taken away first.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
 #include "cpu/dtype.h"
@@ -21,8 +22,16 @@ struct NormInput {
   int64_t outer, middle, inner;
 };
 
-// summed = x + residual, rounded to the dtype; normed = the norm of that * (weight + offset) + bias. Without residual
-// there is no sum, and the norm is that of x. Without weight it is not multiplied, without bias nothing is added.
+// Angles that rows of RMS norm are turned by once they are normed, as cpu/rotation.h does: row r by those of token
+// r / heads % tokens, in tables [tokens, cols / 2] of strides in elements. Null for none.
+struct NormRotation {
+  const float *cos, *sin;
+  int64_t cos_stride, sin_stride, tokens, heads;
+  bool interleaved;
+};
+
+// summed = x + residual, rounded to the dtype; normed = the norm of that * (weight + offset) + bias, turned. Without
+// residual there is no sum, and the norm is that of x. Without weight it is not multiplied, without bias nothing is added.
 struct Norm {
   DType dtype;
   bool centred;
@@ -31,6 +40,7 @@ struct Norm {
   const void *weight, *bias;  // [cols]
   void *normed, *summed;      // dense
   float eps, offset;
+  NormRotation rotation;
 };
 
 // grad by normed and grad_summed by summed, which may be null -> d_x, dense, which is the gradient by the residual too,
@@ -43,6 +53,7 @@ struct NormBwd {
   const void* weight;
   void *d_x, *d_weight, *d_bias;
   float eps, offset;
+  NormRotation rotation;
 };
 
 // Both take the weight with its offset, and the bias, as `widen` gives them, null for none.
@@ -54,15 +65,17 @@ struct NormFwdKernel {
 };
 
 struct NormBwdKernel {
+  // bytes that `run` needs to work in
+  size_t (*scratch)(const NormBwd&);
   // rows begin to end; their share of the gradients by weight and bias [cols], each null if it is not wanted
-  void (*run)(const NormBwd&, const float* weight, int64_t begin, int64_t end, float* d_weight, float* d_bias);
+  void (*run)(const NormBwd&, const float* weight, int64_t begin, int64_t end, float* d_weight, float* d_bias, void* scratch);
   // columns begin to end of the sum of shares [count, cols], in their order
   void (*sum)(DType, const float* shares, int64_t count, int64_t cols, int64_t begin, int64_t end, void* to);
 };
 
 // Checked and threaded; the number of threads changes no bit of a result. Extents of x, residual, weight, bias, normed
-// and summed, and of grad, grad_summed, summed, weight, d_x, d_weight and d_bias. Throw std::invalid_argument on sizes
-// and strides that cannot be; touch nothing before that.
+// and summed, and of grad, grad_summed, summed, weight, d_x, d_weight and d_bias, both with cos and sin if there are any.
+// Throw std::invalid_argument on sizes and strides that cannot be; touch nothing before that.
 void norm_fwd(const Norm& problem, int threads, const Extents& extents);
 void norm_bwd(const NormBwd& problem, int threads, const Extents& extents);
 

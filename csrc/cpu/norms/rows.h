@@ -39,6 +39,24 @@ class Cursor {
   int64_t outer_, middle_, inner_;
 };
 
+// The token of each row, by whose angles it is turned.
+class TokenCursor {
+ public:
+  TokenCursor(const NormRotation& r, int64_t row) : r_(r), head_(row % r.heads), token_(row / r.heads % r.tokens) {}
+
+  const float* cos() const { return r_.cos + token_ * r_.cos_stride; }
+  const float* sin() const { return r_.sin + token_ * r_.sin_stride; }
+  void next() {
+    if (++head_ < r_.heads) return;
+    head_ = 0;
+    if (++token_ == r_.tokens) token_ = 0;
+  }
+
+ private:
+  NormRotation r_;
+  int64_t head_, token_;
+};
+
 // Calls f(column, lanes, partial sum) for vectors of columns begin to end.
 template <class F>
 inline void over_columns(int64_t begin, int64_t end, F f) {

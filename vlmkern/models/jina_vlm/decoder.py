@@ -12,6 +12,10 @@ from .cache import KVCache
 from .config import TextConfig
 
 
+Rotary = tuple[Tensor, Tensor]
+"""Cosines and sines, [B, S, head_dim / 2], of the angles of tokens."""
+
+
 class RMSNorm(nn.Module):
     """x / rms(x) times the weight, in float32, rounded once."""
 
@@ -20,8 +24,9 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(size))
         self.eps = eps
 
-    def forward(self, x: Tensor) -> Tensor:
-        return ops.rms_norm(x, self.weight, eps=self.eps)
+    def forward(self, x: Tensor, rotary: Rotary | None = None) -> Tensor:
+        """x [..., size]; heads [B, S, H, size] may be turned by the angles of their tokens in the same pass."""
+        return ops.rms_norm(x, self.weight, eps=self.eps, rotary=rotary)
 
 
 class ExtendedEmbedding(nn.Module):
@@ -50,19 +55,12 @@ def token_positions(mask: Tensor, real_before: Tensor | int = 0) -> Tensor:
     )
 
 
-def rotary_tables(positions: Tensor, config: TextConfig, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosines and sines [B, S, 1, head_dim] of positions [B, S], computed in float32 (or `dtype`, if wider)."""
+def rotary_tables(positions: Tensor, config: TextConfig, dtype: torch.dtype) -> Rotary:
+    """Of positions [B, S], computed in float32 (or `dtype`, if wider). Channels j and j + head_dim / 2 are a pair."""
     dtype = torch.promote_types(dtype, torch.float32)
     exponents = torch.arange(0, config.head_dim, 2, dtype=dtype, device=positions.device) / config.head_dim
-    angles = positions[:, :, None, None].to(dtype) * config.rope_theta**-exponents
-    angles = torch.cat([angles, angles], dim=-1)
+    angles = positions[:, :, None].to(dtype) * config.rope_theta**-exponents
     return angles.cos(), angles.sin()
-
-
-def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates pairs (j, j + head_dim / 2) of x [B, S, H, head_dim]."""
-    first, second = x.chunk(2, dim=-1)
-    return (x * cos + torch.cat([-second, first], dim=-1) * sin).to(x.dtype)
 
 
 Real = list[tuple[slice | Tensor, slice | Tensor]]
@@ -94,7 +92,7 @@ def real_tokens(mask: Tensor, tokens: int) -> Real:
 
 
 class DecoderAttention(nn.Module):
-    """Causal grouped-query attention with per-head RMSNorm of q and k before the rotation."""
+    """Causal grouped-query attention with per-head RMSNorm and rotation of q and k."""
 
     def __init__(self, config: TextConfig, layer: int) -> None:
         super().__init__()
@@ -112,7 +110,7 @@ class DecoderAttention(nn.Module):
     def forward(
         self,
         x: Tensor,
-        rotary: tuple[Tensor, Tensor],
+        rotary: Rotary,
         real: Real | None,
         cache: KVCache | None,
         residual: Tensor,
@@ -120,7 +118,7 @@ class DecoderAttention(nn.Module):
         """x [B, S, C] -> attention's output added to `residual` [B, S, C]."""
         qkv = ops.linear(x, self.qkv_w.weight, torch.cat([self.q_b, self.k_b, self.v_b]))
         q, k, v = (t.unflatten(-1, (-1, self.config.head_dim)) for t in qkv.split(self.sizes, dim=-1))
-        q, k = apply_rotary(self.q_lnorm(q), *rotary), apply_rotary(self.k_lnorm(k), *rotary)
+        q, k = self.q_lnorm(q, rotary), self.k_lnorm(k, rotary)
         if cache is not None:
             k, v = cache.update(self.layer, k, v)
         attended = causal_attention(q, k, v, real)
@@ -137,7 +135,7 @@ class DecoderBlock(nn.Module):
         self.ffn_lnorm = RMSNorm(config.hidden_size, config.norm_eps)
         self.ffn = SwiGLUMLP(config.hidden_size, config.mlp_size)
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], real: Real | None, cache: KVCache | None) -> Tensor:
+    def forward(self, x: Tensor, rotary: Rotary, real: Real | None, cache: KVCache | None) -> Tensor:
         x = self.attn(self.attn_lnorm(x), rotary, real, cache, residual=x)
         return x + self.ffn(self.ffn_lnorm(x))
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ...dispatch import checks, choice, library
+from .. import _rotary
 from .._algebra import lse_shape
 from . import native, reference
 from .problem import Attention, AttentionGradient
@@ -53,7 +54,7 @@ def attention(
         softcap: scores become softcap * tanh(score / softcap); 0 for none.
         rotary: (cos, sin), float32 [N, D / 2], or [N, D] with equal halves, [B, N, ..] where images differ, packed
             [T, ..]: q and k are turned by them as `rotate_half` of transformers does, in float32, and rounded to their
-            dtype. Tables get no gradient.
+            dtype. Tables get no gradient; float64 tensors may have float64 ones.
         rotary_k: those of k, needed where it has other lengths; those of q when None.
         interleaved: rotary pairs are neighbouring channels, in place of those D / 2 apart.
 
@@ -81,8 +82,8 @@ def attention(
         # the plain case: torch takes a microsecond for every four arguments
         return _op(q, k, v, scale, cu_seqlens, max_seqlen, backend=choice.requested())[0]
     left, right = _window(window, causal)
-    cos, sin = _tables("rotary", rotary)
-    cos_k, sin_k = _tables("rotary_k", rotary_k)
+    cos, sin = _rotary.pair("rotary", rotary)
+    cos_k, sin_k = _rotary.pair("rotary_k", rotary_k)
     return _op(
         q,
         k,
@@ -115,18 +116,6 @@ def _window(window: tuple[int, int], causal: bool) -> tuple[int, int]:
     if right > 0:
         raise ValueError(f"window: got {window!r} with causal=True, expected at most 0 keys to the right")
     return left, 0
-
-
-def _tables(name: str, tables: tuple[Tensor, Tensor] | None) -> tuple[Tensor | None, Tensor | None]:
-    if tables is None:
-        return None, None
-    if not isinstance(tables, (tuple, list)) or len(tables) != 2:
-        raise ValueError(f"{name}: got {type(tables).__name__}, expected (cos, sin)")
-    for table, part in zip(tables, ("cos", "sin"), strict=True):
-        checks.tensor(f"{name}: {part}", table)
-        if table.requires_grad and torch.is_grad_enabled():
-            raise ValueError(f"{name}: got a {part} that requires a gradient, expected .detach(): tables get none")
-    return tuple(tables)
 
 
 def _check(p: Attention) -> None:
@@ -200,27 +189,13 @@ def _check_scores(p: Attention) -> None:
 
 
 def _check_tables(p: Attention) -> None:
-    head_dim = p.q.shape[-1]
     if p.cos is None or p.sin is None:
         raise ValueError("rotary: got None, expected (cos, sin) of q with those of k")
-    checks.value(head_dim % 2 == 0, lambda: f"rotary: got a head dimension of {head_dim}, expected an even one")
-    own = p.cos_k is not None or p.sin_k is not None
-    if not own and (p.cu_seqlens_k is not None or p.k.shape[-3] != p.q.shape[-3]):
+    _rotary.check("rotary", p.cos, p.sin, "q", p.q)
+    if p.cos_k is not None or p.sin_k is not None:
+        _rotary.check("rotary_k", p.cos_k, p.sin_k, "k", p.k)
+    elif p.cu_seqlens_k is not None or p.k.shape[-3] != p.q.shape[-3]:
         raise ValueError("rotary_k: got None, expected (cos, sin) of k, whose lengths differ from q's")
-    for name, cos, sin, tensor in (("rotary", p.cos, p.sin, p.q), ("rotary_k", p.cos_k, p.sin_k, p.k))[: 1 + own]:
-        for part, table in (("cos", cos), ("sin", sin)):
-            named = f"{name}: {part}"
-            checks.tensor(named, table)
-            if table.dtype != torch.float32:
-                raise TypeError(f"{named}: got dtype {table.dtype}, expected torch.float32")
-            checks.same_device(named, table, "q", p.q)
-            tokens = tensor.shape[-3]
-            width = table.shape[-1] if table.dim() and table.shape[-1] == head_dim // 2 else head_dim
-            batched = p.cu_seqlens is None and table.dim() == 3
-            leading = (tensor.shape[0],) if batched else ()
-            checks.shape(named, table, (*leading, tokens, width), "[tokens, D], or [tokens, D / 2]")
-            checks.unit_last_stride(named, table)
-        checks.shape(f"{name}: sin", sin, cos.shape, "that of cos")
 
 
 def _check_values(p: Attention) -> None:

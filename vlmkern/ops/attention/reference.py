@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .. import _rotary
 from .problem import Attention, AttentionGradient
 
 
@@ -128,19 +129,9 @@ def _scores(p: Attention, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor | None, 
     return scores, seen, slope
 
 
-def _rotated(x: Tensor, tables: tuple[Tensor, Tensor] | None, interleaved: bool, back: bool = False) -> Tensor:
-    """x [N, H, D] with each pair of channels turned by its token's angle, or turned back. Pairs are half of D apart, or
-    neighbours."""
-    if tables is None:
-        return x
-    half = x.shape[-1] // 2
-    cos, sin = (t[:, None, :half].to(_accumulator(x)) for t in tables)
-    if back:
-        sin = -sin
-    wide = x.to(_accumulator(x))
-    first, second = (wide[..., 0::2], wide[..., 1::2]) if interleaved else (wide[..., :half], wide[..., half:])
-    turned = (first * cos - second * sin, second * cos + first * sin)
-    return (torch.stack(turned, -1).flatten(-2) if interleaved else torch.cat(turned, -1)).to(x.dtype)
+def _rotated(x: Tensor, tables: _rotary.Tables | None, interleaved: bool, back: bool = False) -> Tensor:
+    """x [N, H, D], turned or turned back if there are tables."""
+    return x if tables is None else _rotary.turned(x, *tables, interleaved, back=back)
 
 
 def _of_groups(x: Tensor, p: Attention) -> Tensor:

@@ -1,4 +1,4 @@
-"""`vlmkern::rms_norm`: residual sum and RMS norm in one. The maths is in reference.py."""
+"""`vlmkern::rms_norm`: residual sum and RMS norm in one, or RMS norm and rotation. The maths is in reference.py."""
 
 from __future__ import annotations
 
@@ -8,12 +8,20 @@ from typing import Any
 from torch import Tensor
 
 from ...dispatch import checks, choice, library
+from .. import _rotary
 from . import native, reference
 from .problem import RMSNorm, RMSNormGradient
 
 
 def rms_norm(
-    x: Tensor, weight: Tensor, *, residual: Tensor | None = None, eps: float = 1e-6, offset: float = 0.0
+    x: Tensor,
+    weight: Tensor,
+    *,
+    residual: Tensor | None = None,
+    eps: float = 1e-6,
+    offset: float = 0.0,
+    rotary: tuple[Tensor, Tensor] | None = None,
+    interleaved: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`x / sqrt(mean(x^2) + eps) * (weight + offset)` over the last dimension, of x or of x + residual.
 
@@ -24,6 +32,10 @@ def rms_norm(
         residual: [..., C], of x's shape, or None.
         eps: added to the mean square.
         offset: added to the weight, in float32: 1 for Gemma, whose weights are stored as what they differ from 1 by.
+        rotary: (cos, sin), float32, of heads x [..., N, H, C]: [N, C / 2], or [N, C] with equal halves, or [..., N, ..]
+            of all leading dimensions of x. What is normed is turned by them as `rotate_half` of transformers does, in
+            float32, and rounded once: q and k of Qwen3 in one pass. Without residual. Tables get no gradient.
+        interleaved: rotary pairs are neighbouring channels, in place of those C / 2 apart.
 
     Returns:
         normed: [..., C], dense, dtype of `x`; the mean square is that of the sum as rounded to that dtype. All is
@@ -32,14 +44,19 @@ def rms_norm(
         summed: only with residual: x + residual, [..., C], dense, dtype of `x`.
 
     Raises:
-        ValueError: shapes that do not fit together, or tensors on different devices.
-        TypeError: dtypes that differ from that of `x`, or are not floating point.
+        ValueError: shapes that do not fit together, tensors on different devices, or rotary with a residual.
+        TypeError: dtypes that differ from that of `x`, or are not floating point; tables that are not float32 (float64 may be for float64).
 
     Under autocast all tensors are cast like those of a linear layer, since the sum is the next one's residual.
 
-    Source: Zhang and Sennrich, "Root Mean Square Layer Normalization" (2019).
+    Source: Zhang and Sennrich, "Root Mean Square Layer Normalization" (2019); Su et al. (2021), eq. 34, for the
+    rotation.
     """
-    normed, summed = _op(x, weight, residual, eps, offset, choice.requested())
+    if rotary is None:
+        normed, summed = _op(x, weight, residual, eps, offset, backend=choice.requested())
+    else:
+        tables = _rotary.pair("rotary", rotary)
+        normed, summed = _op(x, weight, residual, eps, offset, *tables, interleaved, choice.requested())
     return normed if residual is None else (normed, summed)
 
 
@@ -51,6 +68,17 @@ def _check(p: RMSNorm) -> None:
     checks.like("weight", p.weight, "x", x)
     if p.residual is not None:
         checks.same_as("residual", p.residual, "x", x, "[..., C]")
+    if p.cos is not None or p.sin is not None:
+        _check_rotary(p)
+
+
+def _check_rotary(p: RMSNorm) -> None:
+    if p.cos is None or p.sin is None:
+        raise ValueError("rotary: got one table, expected (cos, sin)")
+    if p.residual is not None:
+        raise ValueError("rotary: got tables with a residual, expected one of the two")
+    checks.value(p.x.dim() >= 3, lambda: f"x: got shape {list(p.x.shape)}, expected [..., N, H, C] with rotary")
+    _rotary.check("rotary", p.cos, p.sin, "x", p.x)
 
 
 def _check_bwd(p: RMSNormGradient) -> None:
@@ -73,10 +101,10 @@ def _fake_bwd(p: RMSNormGradient) -> list[Tensor]:
 
 
 def _setup_context(ctx: Any, p: RMSNorm, output: tuple[Tensor, Tensor]) -> None:
-    ctx.eps, ctx.offset, ctx.has_sum = p.eps, p.offset, p.residual is not None
+    ctx.eps, ctx.offset, ctx.interleaved, ctx.has_sum = p.eps, p.offset, p.interleaved, p.residual is not None
     # zeros in place of a gradient that nobody asked for would be one more tensor to write and read
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(output[1] if ctx.has_sum else p.x, p.weight)
+    ctx.save_for_backward(output[1] if ctx.has_sum else p.x, p.weight, p.cos, p.sin)
 
 
 def _backward(
@@ -89,9 +117,11 @@ def _backward(
         d_x, d_weight = grad_summed, None
     else:
         wanted = [of_x or of_residual, of_weight]
-        grads = iter(_op_bwd(grad, grad_summed, *ctx.saved_tensors, ctx.eps, ctx.offset, wanted, ctx.backend))
+        summed, weight, *tables = ctx.saved_tensors
+        given = (grad, grad_summed, summed, weight, ctx.eps, ctx.offset, wanted, *tables, ctx.interleaved)
+        grads = iter(_op_bwd(*given, ctx.backend))
         d_x, d_weight = (next(grads) if want else None for want in wanted)
-    return d_x if of_x else None, d_weight, d_x if of_residual else None, None, None
+    return d_x if of_x else None, d_weight, d_x if of_residual else None, *(None,) * 5
 
 
 def _triton() -> ModuleType:
@@ -107,4 +137,5 @@ _op, _op_bwd = library.define_with_gradient(
     providers={"reference": reference, "native": native, "triton": _triton},
     setup_context=_setup_context,
     backward=_backward,
+    keep=("cos", "sin"),
 )

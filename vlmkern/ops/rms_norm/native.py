@@ -22,9 +22,15 @@ def supports_bwd(p: RMSNormGradient, target: Target) -> str | None:
 
 def rms_norm(p: RMSNorm) -> tuple[Tensor, Tensor]:
     """See reference.py."""
-    return _norms.norm(p.x, p.residual, p.weight, None, p.eps, p.offset, centred=False)
+    return _norms.norm(p.x, p.residual, p.weight, None, p.eps, p.offset, centred=False, rotary=_rotation(p))
 
 
 def rms_norm_bwd(p: RMSNormGradient) -> list[Tensor]:
     """See reference.py."""
-    return _norms.norm_bwd(p.grad, p.grad_summed, p.summed, p.weight, p.eps, p.offset, p.wanted, centred=False)
+    return _norms.norm_bwd(
+        p.grad, p.grad_summed, p.summed, p.weight, p.eps, p.offset, p.wanted, centred=False, rotary=_rotation(p)
+    )
+
+
+def _rotation(p: RMSNorm | RMSNormGradient) -> _norms.Rotation | None:
+    return None if p.cos is None else _norms.Rotation(p.cos, p.sin, p.interleaved)

@@ -9,13 +9,16 @@ from torch import Tensor
 
 
 class RMSNorm(NamedTuple):
-    """The RMS norm of x + residual, and the sum."""
+    """The RMS norm of x + residual, turned where there are tables, and the sum."""
 
     x: Tensor  # [..., C]
     weight: Tensor  # [C]
     residual: Tensor | None  # [..., C]
     eps: float
     offset: float
+    cos: Tensor | None = None  # float32 [N, C/2] or [N, C], [..., N, ..] too, of x [..., N, H, C]
+    sin: Tensor | None = None
+    interleaved: bool = False
 
     @classmethod
     def example(cls, dtype: torch.dtype) -> RMSNorm:
@@ -34,8 +37,11 @@ class RMSNormGradient(NamedTuple):
     eps: float
     offset: float
     wanted: list[bool]
+    cos: Tensor | None = None
+    sin: Tensor | None = None
+    interleaved: bool = False
 
     @property
     def forward(self) -> RMSNorm:
         """What this is the gradient of."""
-        return RMSNorm(self.summed, self.weight, None, self.eps, self.offset)
+        return RMSNorm(self.summed, self.weight, None, self.eps, self.offset, *self[7:])

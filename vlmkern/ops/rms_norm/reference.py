@@ -1,4 +1,5 @@
-"""Residual sum and RMS norm: summed = x + residual, normed = summed / sqrt(mean(summed^2) + eps) * (weight + offset).
+"""Residual sum and RMS norm: summed = x + residual, normed = summed / sqrt(mean(summed^2) + eps) * (weight + offset);
+and the rotation of what is normed.
 
 Zhang and Sennrich, "Root Mean Square Layer Normalization" (2019).
 """
@@ -8,16 +9,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .. import _rotary
 from .problem import RMSNorm, RMSNormGradient
 
 
 def rms_norm(p: RMSNorm) -> tuple[Tensor, Tensor]:
     """x and residual [..., C], weight [C] -> normed and summed [..., C]; without residual, [0] for the sum."""
-    x, weight, residual, eps, offset = p
+    x, weight, residual, eps, offset, cos, sin, interleaved = p
     summed = x if residual is None else (x + residual).contiguous()
     rows, _ = _normed(summed, eps)
-    normed = (rows * (_wide(weight) + offset)).to(x.dtype).contiguous()
-    return normed, x.new_empty(0) if residual is None else summed
+    normed = rows * (_wide(weight) + offset)
+    if cos is not None:
+        normed = _rotary.turned(normed, cos, sin, interleaved)
+    return normed.to(x.dtype).contiguous(), x.new_empty(0) if residual is None else summed
 
 
 def rms_norm_bwd(p: RMSNormGradient) -> list[Tensor]:
@@ -25,6 +29,8 @@ def rms_norm_bwd(p: RMSNormGradient) -> list[Tensor]:
     are computed again from `summed`."""
     rows, scale = _normed(p.summed, p.eps)
     grad = _wide(p.grad)
+    if p.cos is not None:
+        grad = _rotary.turned(grad, p.cos, p.sin, p.interleaved, back=True)
     weighted = grad * (_wide(p.weight) + p.offset)
     d_x = (weighted - rows * (weighted * rows).mean(-1, keepdim=True)) * scale
     if p.grad_summed is not None:

@@ -27,7 +27,7 @@ def rms_norm(p: RMSNorm) -> tuple[Tensor, Tensor]:
 
 def rms_norm_bwd(p: RMSNormGradient) -> list[Tensor]:
     """See reference.py."""
-    d_x, share = kernels.rms_norm_bwd(p.grad, p.grad_summed, p.summed, p.weight, p.eps, p.offset, p.wanted[1])
+    d_x, share = kernels.rms_norm_bwd(p.grad, p.grad_summed, p.summed, p.weight, p.eps, p.offset, p.wanted[1], *p[7:])
     found = (d_x, None if share is None else share.to(p.summed.dtype))
     return [x for x, want in zip(found, p.wanted, strict=True) if want]
 
