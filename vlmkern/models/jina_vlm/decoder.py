@@ -11,7 +11,6 @@ from ...nn import SwiGLUMLP
 from .cache import KVCache
 from .config import TextConfig
 
-
 Rotary = tuple[Tensor, Tensor]
 """Cosines and sines, [B, S, head_dim / 2], of the angles of tokens."""
 

@@ -45,7 +45,8 @@ def rms_norm(
 
     Raises:
         ValueError: shapes that do not fit together, tensors on different devices, or rotary with a residual.
-        TypeError: dtypes that differ from that of `x`, or are not floating point; tables that are not float32 (float64 may be for float64).
+        TypeError: dtypes that differ from that of `x`, or are not floating point; tables
+            that are not float32 (float64 ones may turn float64).
 
     Under autocast all tensors are cast like those of a linear layer, since the sum is the next one's residual.
 
