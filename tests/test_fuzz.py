@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import cmath
 import json
+import math
 import subprocess
 import sys
 from collections import defaultdict
@@ -140,11 +142,31 @@ def test_oracles_against_formulas_written_out():
     """One case of each, with loops."""
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 1, 5, 2, 3, dtype=torch.float64)
-    out, lse = oracles.attention({"q": q, "k": k, "v": v, "scale": 0.5, "cu_seqlens": None}, Exact())
+    asked = dict.fromkeys(("cu_seqlens", "cu_seqlens_k", "cos", "sin", "cos_k", "sin_k"))
+    asked |= {"scale": 0.5, "window_left": -1, "window_right": -1, "softcap": 0.0, "interleaved": False}
+    out, lse = oracles.attention({"q": q, "k": k, "v": v} | asked, Exact())
     scores = torch.tensor([float(q[0, 4, 1] @ k[0, j, 1]) * 0.5 for j in range(5)], dtype=torch.float64).exp()
     expected = sum(scores[j] * v[0, j, 1] for j in range(5)) / scores.sum()
     torch.testing.assert_close(out[0, 4, 1], expected)
     torch.testing.assert_close(lse[0, 1, 4], scores.sum().log())
+
+    # the third of five queries over six keys, of which it sees the second to the fourth
+    q, (k, v) = torch.randn(1, 5, 4, 4, dtype=torch.float64), torch.randn(2, 1, 6, 2, 4, dtype=torch.float64)
+    angles, angles_k = torch.randn(5, 2, dtype=torch.float64), torch.randn(6, 2, dtype=torch.float64)
+    asked |= {"window_left": 2, "window_right": 0, "softcap": 1.5, "cos": angles.cos(), "sin": angles.sin()}
+    asked |= {"cos_k": angles_k.cos(), "sin_k": angles_k.sin()}
+    out, lse = oracles.attention({"q": q, "k": k, "v": v} | asked, Exact())
+
+    def turn(x, angle):
+        turned = [complex(x[i], x[i + 2]) * cmath.exp(1j * float(angle[i])) for i in range(2)]
+        return torch.tensor([z.real for z in turned] + [z.imag for z in turned], dtype=torch.float64)
+
+    query = turn(q[0, 2, 3], angles[2])
+    scores = [float(query @ turn(k[0, j, 1], angles_k[j])) * 0.5 for j in (1, 2, 3)]
+    scores = [math.exp(1.5 * math.tanh(score / 1.5)) for score in scores]
+    expected = sum(score * v[0, j, 1] for score, j in zip(scores, (1, 2, 3), strict=True)) / sum(scores)
+    torch.testing.assert_close(out[0, 2, 3], expected)
+    torch.testing.assert_close(lse[0, 3, 2], torch.tensor(sum(scores), dtype=torch.float64).log())
 
     f, w_q, w_kv, w_o = (torch.randn(*s, dtype=torch.float64) for s in ((1, 3, 2), (2, 2), (5, 2), (2, 3)))
     options = {"grid": [3, 1], "window": [2, 2], "num_heads": 1, "mask": None, "pad_embed": None, "keep": None}

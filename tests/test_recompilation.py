@@ -238,6 +238,25 @@ def test_rms_norm(dtype):
     assert set(found) == {"rms_norm_fwd_kernel", "rms_norm_bwd_kernel"} and max(found.values()) <= 3
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rms_norm_of_turned_heads(dtype):
+    """Numbers of tokens and heads, and where tables lie, are no other kernel."""
+    calls, weight = [], empty(128, dtype=dtype)
+    for tokens in COUNTS:
+        for heads in (2, 16):
+            q, _, _ = empty(2, tokens, 3, heads, 128, dtype=dtype).unbind(2)
+            dense = empty(*q.shape, dtype=dtype)
+            for tables in (empty(2, tokens, 64, dtype=torch.float32), empty(2, tokens, 128, dtype=torch.float32)):
+                turn = (tables[0][:, :64], tables[1][:, :64])
+                calls += [
+                    lambda q=q, turn=turn: rms_norm.rms_norm_fwd(q, weight, None, 1e-6, 0.0, *turn),
+                    lambda q=q, dense=dense, turn=turn: rms_norm.rms_norm_bwd(
+                        dense, None, q, weight, 1e-6, 1.0, True, *turn
+                    ),
+                ]
+    assert compilations(calls, dtype) == once("rms_norm_fwd_kernel", "rms_norm_bwd_kernel")
+
+
 def test_widths_are_compiled_for():
     """They are a model's, and their alignment decides how wide loads may be."""
     calls = []

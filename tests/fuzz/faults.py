@@ -38,13 +38,17 @@ REQUIRED = {
 }
 
 
+TABLES = ("cos", "sin", "cos_k", "sin_k")
+
+
 def draw_fault(problem: Problem) -> Fault:
     """One that the problem can have."""
     draw = problem.draw
     special = _SPECIAL[problem.op](problem)
     if special and draw.chance(0.5):
         what, changes = draw.choice(special)
-        return Fault(what, changes, tuple(changes) if len(changes) == 1 else tuple(problem.arguments))
+        names = tuple(_PUBLIC.get(name, name) for name in changes)
+        return Fault(what, changes, names if len(changes) == 1 else (*problem.arguments, *names))
     names = [n for n in problem.differentiable() if "[" not in n]
     if len(names) == 1 and problem.op == "add_layer_norm":
         # x alone may have any size and be anywhere
@@ -98,6 +102,8 @@ def _spoiled(draw: Draw, x: Tensor, *, optional: bool, any_rank: bool) -> tuple[
 def _attention(problem: Problem) -> list[tuple[str, dict[str, Any]]]:
     a, draw = problem.arguments, problem.draw
     q, bounds = a["q"], a["cu_seqlens"]
+    if draw.chance(0.5):
+        return _attention_forms(problem)
     found: list[tuple[str, dict[str, Any]]] = [("scale a string", {"scale": "a"}), ("scale a list", {"scale": [1.0]})]
     if q.shape[-1] > 1 and q.numel():
         name = draw.choice("qkv")
@@ -131,6 +137,55 @@ def _attention(problem: Problem) -> list[tuple[str, dict[str, Any]]]:
     if len(bounds) > 2 and q.shape[0] > 0:
         found.append(("cu_seqlens decreasing", {"cu_seqlens": _decreasing(bounds)}))
     return found
+
+
+def _attention_forms(problem: Problem) -> list[tuple[str, dict[str, Any]]]:
+    """Of what comes between scores and softmax, and of keys."""
+    a, draw = problem.arguments, problem.draw
+    q, k = a["q"], a["k"]
+    found: list[tuple[str, dict[str, Any]]] = [
+        ("window_left negative", {"window_left": -draw.randint(2, 2**40)}),
+        ("window_right a string", {"window_right": "1"}),
+        ("window_left a fraction", {"window_left": 1.5}),
+        ("softcap negative", {"softcap": -1.0}),
+        ("softcap not a number", {"softcap": draw.choice([float("nan"), float("inf"), "a", [1.0]])}),
+        ("more heads of k than of q", {name: torch.cat([a[name]] * (q.shape[-2] + 1), -2) for name in "kv"}),
+    ]
+    if a["cu_seqlens_k"] is None:
+        found.append(("max_seqlen_k alone", {"max_seqlen_k": 3}))
+    else:
+        bounds = a["cu_seqlens_k"]
+        found += [
+            ("max_seqlen_k None", {"max_seqlen_k": None}),
+            ("cu_seqlens_k int64", {"cu_seqlens_k": bounds.long()}),
+            ("cu_seqlens_k of one segment more", {"cu_seqlens_k": torch.cat([bounds, bounds[-1:]])}),
+            ("cu_seqlens_k negative", {"cu_seqlens_k": bounds - 1}),
+        ]
+    if q.shape[-1] % 2:
+        tables = torch.ones(q.shape[-3], max(1, q.shape[-1] // 2))
+        found.append(("rotary of an odd head dimension", {"cos": tables, "sin": tables}))
+    return found + _rotary_faults(problem, "cos", "sin", q) + _rotary_faults(problem, "cos_k", "sin_k", k)
+
+
+def _rotary_faults(problem: Problem, cos: str, sin: str, x: Tensor) -> list[tuple[str, dict[str, Any]]]:
+    """Of the tables of x."""
+    a = problem.arguments
+    if a[cos] is None:
+        return []
+    table = a[cos]
+    others = {
+        "float16": table.half(),
+        "of a token more": torch.cat([table, table[..., :1, :]], -2) if table.shape[-2] else table[..., :0, 1:],
+        "too wide": torch.cat([table, table, table], -1),
+        "on meta": table.to("meta"),
+        "of rank 1": table.flatten(),
+        "a list": [1.0],
+        "far apart": torch.stack([table, table], -1)[..., 0],
+    }
+    if table.shape[-1] < 2 or table.numel() == 0:
+        del others["far apart"]
+    name = problem.draw.choice([cos, sin])
+    return [(f"{name} {what}", {name: bad}) for what, bad in others.items()]
 
 
 def _decreasing(bounds: Tensor) -> Tensor:
@@ -195,7 +250,11 @@ def _add_layer_norm(problem: Problem) -> list[tuple[str, dict[str, Any]]]:
 
 def _rms_norm(problem: Problem) -> list[tuple[str, dict[str, Any]]]:
     name, bad = problem.draw.choice(["eps", "offset"]), problem.draw.choice(["a", None, [1e-6]])
-    return [(f"{name} {bad!r}", {name: bad})]
+    found = [(f"{name} {bad!r}", {name: bad})]
+    if problem.arguments["cos"] is not None:
+        found += _rotary_faults(problem, "cos", "sin", problem.arguments["x"])
+        found.append(("rotary with a residual", {"residual": problem.arguments["x"]}))
+    return found
 
 
 def _swiglu_mlp(problem: Problem) -> list[tuple[str, dict[str, Any]]]:
@@ -211,6 +270,11 @@ _SPECIAL: dict[str, Callable[[Problem], list[tuple[str, dict[str, Any]]]]] = {
     "rms_norm": _rms_norm,
     "swiglu_mlp": _swiglu_mlp,
 }
+
+
+# under which names the public functions take what the registered ops do
+_PUBLIC = {"window_left": "window", "window_right": "window", "cos": "rotary", "sin": "rotary"}
+_PUBLIC |= {"cos_k": "rotary_k", "sin_k": "rotary_k"}
 
 
 @dataclass
@@ -243,13 +307,18 @@ class BackwardCall:
             a["grad"] = a["grad"].flatten(0, -2)[: len(a["keep"])]
             if len(a["grad"]):
                 return f"keep {index}"
-        if a.get("cu_seqlens") is not None and a["cu_seqlens"].numel() > 1 and draw.chance(0.2):
-            a["cu_seqlens"] = a["cu_seqlens"] + torch.arange(a["cu_seqlens"].numel(), dtype=torch.int32) * 9
-            return "cu_seqlens past the end"
+        for bounds in ("cu_seqlens", "cu_seqlens_k"):
+            if a.get(bounds) is not None and a[bounds].numel() > 1 and draw.chance(0.2):
+                a[bounds] = a[bounds] + torch.arange(a[bounds].numel(), dtype=torch.int32) * 9
+                return f"{bounds} past the end"
+        if "window_left" in a and draw.chance(0.1):
+            a["window_left"] = -draw.randint(2, 2**40)
+            return "window_left negative"
         if "wanted" in a and draw.chance(0.1):
             a["wanted"] = draw.choice([a["wanted"][:-1], [*a["wanted"], True], []])
             return f"wanted of {len(a['wanted'])}"
-        tensors = [n for n, t in a.items() if isinstance(t, Tensor) and n not in ("mask", "keep", "cu_seqlens")]
+        kept = ("mask", "keep", "cu_seqlens", "cu_seqlens_k")
+        tensors = [n for n, t in a.items() if isinstance(t, Tensor) and n not in kept]
         name = draw.choice(tensors)
         return self._spoil(name, draw.choice(["narrow", "short", "long", "dtype", "device", "scalar", "None"]))
 
@@ -262,6 +331,8 @@ class BackwardCall:
                 return None
             bad = torch.cat([x, x[:1]]) if kind == "long" else x[:-1] if x.shape[0] > 1 else None
         elif kind == "dtype":
+            if name in TABLES and self.problem.dtype == torch.float64:
+                return None  # which may have tables of its own precision
             bad = x.to(torch.float64 if x.dtype != torch.float64 else torch.float32)
         elif kind == "device":
             bad = x.to("meta")
@@ -289,7 +360,7 @@ def backward_call(problem: Problem) -> BackwardCall:
     if problem.op == "attention":
         scale = a["q"].shape[-1] ** -0.5 if a["scale"] is None else a["scale"]
         inputs = {name: a[name] for name in "qkv"} | {"out": outputs[0], "lse": outputs[1], "scale": scale}
-        inputs |= {name: a[name] for name in ("cu_seqlens", "max_seqlen")}
+        inputs |= {name: value for name, value in a.items() if name not in inputs}
         return BackwardCall(problem, {"grad": grad} | inputs, ["q", "k", "v"], ["q", "k", "v"], grads)
     every = {
         "linear": ["x", "weight", "bias", "residual"],
@@ -318,6 +389,8 @@ def backward_call(problem: Problem) -> BackwardCall:
         last = [name for name in ("weight", "bias", "eps", "offset") if name in a]
         inputs = {"grad_summed": grads[1], "summed": summed} | {name: a[name] for name in last}
     arguments = {"grad": grad} | inputs | {"wanted": wanted}
+    if problem.op == "rms_norm":
+        arguments |= {name: a[name] for name in ("cos", "sin", "interleaved")}
     kept = {"linear": "before", "swiglu_mlp": "up"}.get(problem.op)
     if kept is not None:
         arguments[kept] = _kept(problem) if draw.chance(0.5) else None

@@ -79,7 +79,20 @@ def rms_norm(a: Arguments, r: Exact, dtype: torch.dtype) -> tuple[Tensor, ...]:
     """The mean square is that of the sum as rounded to `dtype`; what follows is rounded once."""
     summed, exact_sum = _rounded_sum(a, dtype)
     square = r.computed((summed * summed).mean(-1, keepdim=True), sum_size(summed))
-    return r.stored(summed / torch.sqrt(square + a["eps"]) * (a["weight"] + a["offset"])), exact_sum
+    normed = summed / torch.sqrt(square + a["eps"]) * (a["weight"] + a["offset"])
+    return r.stored(turned(r.computed(normed), a["cos"], a["sin"], a["interleaved"])), exact_sum
+
+
+def turned(x: Tensor, cos: Tensor | None, sin: Tensor | None, interleaved: bool) -> Tensor:
+    """x [..., N, H, D], by a rotation matrix for each pair of channels; x without tables."""
+    if cos is None or x.numel() == 0:
+        return x
+    half = x.shape[-1] // 2
+    cos, sin = (t[..., :half].to(x.dtype) for t in (cos, sin))
+    matrix = torch.stack([torch.stack([cos, -sin], -1), torch.stack([sin, cos], -1)], -2)
+    pairs = x.unflatten(-1, (half, 2)) if interleaved else x.unflatten(-1, (2, half)).transpose(-1, -2)
+    pairs = torch.einsum("...npij,...nhpj->...nhpi", matrix, pairs)
+    return (pairs if interleaved else pairs.transpose(-1, -2)).flatten(-2)
 
 
 def _rounded_sum(a: Arguments, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -90,31 +103,57 @@ def _rounded_sum(a: Arguments, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 def attention(a: Arguments, r: Exact) -> tuple[Tensor, ...]:
     """The output and the log-sum-exp of the scores, [B, H, N] or [H, T]."""
-    q, k, v, scale = a["q"], a["k"], a["v"], a["scale"]
-    if scale is None:
-        scale = 1 / math.sqrt(q.shape[-1])
+    (q, k), v = (r.stored(x) for x in turned_pair(a)), a["v"]
     if a["cu_seqlens"] is None:
-        parts = [_softmax_attention(q[b], k[b], v[b], scale, r) for b in range(q.shape[0])]
+        parts = [_softmax_attention(q[b], k[b], v[b], a, r) for b in range(q.shape[0])]
         if not parts:
             return q * 0, q.new_zeros(q.shape[0], q.shape[2], q.shape[1])
         outs, lses = zip(*parts, strict=True)
         return torch.stack(outs), torch.stack(lses)
-    bounds = a["cu_seqlens"].tolist()
-    parts = [
-        _softmax_attention(q[start:end], k[start:end], v[start:end], scale, r)
-        for start, end in itertools.pairwise(bounds)
-    ]
+    parts = [_softmax_attention(q[i], k[j], v[j], a, r) for i, j in _segments(a)]
     if not parts:
         return q * 0, q.new_zeros(q.shape[1], q.shape[0])
     outs, lses = zip(*parts, strict=True)
     return torch.cat(outs), torch.cat(lses, dim=1)
 
 
-def _softmax_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, r: Exact) -> tuple[Tensor, Tensor]:
-    """One segment, [N, H, D]."""
-    if q.numel() == 0:
-        return q * 0, q.new_zeros(q.shape[1], q.shape[0])
+def turned_pair(a: Arguments) -> tuple[Tensor, Tensor]:
+    """Queries and keys, turned if they are to be."""
+    tables = a["cos"], a["sin"]
+    tables_k = tables if a["cos_k"] is None else (a["cos_k"], a["sin_k"])
+    return turned(a["q"], *tables, a["interleaved"]), turned(a["k"], *tables_k, a["interleaved"])
+
+
+def _segments(a: Arguments) -> list[tuple[slice, slice]]:
+    """Of queries and keys."""
+    bounds_k = a["cu_seqlens"] if a["cu_seqlens_k"] is None else a["cu_seqlens_k"]
+    spans = ([slice(*pair) for pair in itertools.pairwise(t.tolist())] for t in (a["cu_seqlens"], bounds_k))
+    return list(zip(*spans, strict=True))
+
+
+def _softmax_attention(q: Tensor, k: Tensor, v: Tensor, a: Arguments, r: Exact) -> tuple[Tensor, Tensor]:
+    """One segment, q [N, H, D] and k and v [M, H_kv, D]."""
+    if q.numel() == 0 or k.numel() == 0:
+        # of both, so that both have gradients
+        lse = q.new_full((q.shape[1], q.shape[0]), 0.0 if q.numel() == 0 else -torch.inf)
+        return q * 0 + (k.sum() + v.sum()) * 0, lse
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    scale = 1 / math.sqrt(q.shape[-1]) if a["scale"] is None else a["scale"]
     scores = torch.einsum("qhd,khd->hqk", q, k) * scale
+    if a["softcap"]:
+        capped = scores / a["softcap"]
+        # as far as approximations of tanh are from it, and 1 - tanh^2, which may be all rounding, from the slope
+        slope = (capped - capped.detach()).nan_to_num(0, 0, 0) * (r.computed(torch.ones_like(capped), 8.0) - 1)
+        scores = a["softcap"] * (r.computed(torch.tanh(capped), 4.0) + slope)
+    places = torch.arange(k.shape[0]) - torch.arange(k.shape[0] - q.shape[0], k.shape[0])[:, None]
+    seen = torch.ones_like(places, dtype=torch.bool)
+    if a["window_left"] >= 0:
+        seen &= places >= -a["window_left"]
+    if a["window_right"] >= 0:
+        seen &= places <= a["window_right"]
+    some = seen.any(-1, keepdim=True)
+    # rows of nothing are computed as if they saw all, and thrown away: no gradient of theirs is NaN
+    scores = scores.masked_fill(~(seen | ~some), -torch.inf)
     highest = scores.detach().amax(-1, keepdim=True)
     weights = torch.exp(scores - highest)
     total = weights.sum(-1, keepdim=True)
@@ -122,24 +161,30 @@ def _softmax_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, r: Exact) 
     # backwards make the weights again from the log-sum-exp, with its rounding
     total = r.computed(total, 1 + lse.detach().abs())
     out = torch.einsum("hqk,khd->qhd", r.stored(r.computed(weights / total)), v)
-    return r.stored(out), lse[..., 0]
+    out, lse = out.where(some[:, :, None], 0), lse[..., 0].where(some[:, 0], -torch.inf)
+    return r.stored(out), lse
 
 
 def attention_range(a: Arguments) -> tuple[Tensor, Tensor]:
-    """The smallest and the largest value that each element of attention's result is a mean of."""
-    v = a["v"]
-    segments = v if a["cu_seqlens"] is None else [v[i:j] for i, j in itertools.pairwise(a["cu_seqlens"].tolist())]
-    bounds = [bound(s, 0, keepdim=True).expand_as(s) for bound in (torch.amin, torch.amax) for s in segments if len(s)]
-    join = torch.stack if a["cu_seqlens"] is None else torch.cat
-    half = len(bounds) // 2
-    return join(bounds[:half]), join(bounds[half:])
+    """Bounds of each element of attention's result: the smallest and the largest value that it may be a mean of, and 0
+    where queries may see nothing."""
+    q, v = a["q"], a["v"].repeat_interleave(a["q"].shape[-2] // max(1, a["v"].shape[-2]), -2)
+    nothing = a["window_left"] >= 0 or a["window_right"] >= 0
+    pairs = list(zip(q, v, strict=True)) if a["cu_seqlens"] is None else [(q[i], v[j]) for i, j in _segments(a)]
+    low, high = torch.zeros_like(q), torch.zeros_like(q)
+    for i, (of_q, of_v) in enumerate(pairs):
+        if of_q.numel() == 0 or of_v.numel() == 0:
+            continue
+        at = i if a["cu_seqlens"] is None else _segments(a)[i][0]
+        low[at], high[at] = of_v.amin(0, keepdim=True), of_v.amax(0, keepdim=True)
+    return (low.clamp(max=0), high.clamp(min=0)) if nothing else (low, high)
 
 
 def attention_score_bound(a: Arguments) -> float:
     """No finite score is larger than this."""
     (q, k), scale = (a[name].detach().nan_to_num(0, 0, 0) for name in "qk"), a["scale"]
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else abs(scale)
-    return float(scale * q.norm(dim=-1).max() * k.norm(dim=-1).max()) if q.numel() else 0.0
+    return float(scale * q.norm(dim=-1).max() * k.norm(dim=-1).max()) if q.numel() and k.numel() else 0.0
 
 
 def attention_pool(a: Arguments, r: Exact) -> tuple[Tensor, ...]:

@@ -429,6 +429,8 @@ class TestErrors:
             ((Q, K, K), {"causal": True, "window": (3, 1)}, ValueError, r"window: got \(3, 1\) with causal=True"),
             ((Q, K, K), {"window": (-2, 1)}, ValueError, "window: got -2 keys to the left"),
             ((Q, K, K), {"window": 3}, ValueError, r"window: got 3, expected \(left, right\)"),
+            ((Q, K, K), {"window": (1.5, 1)}, TypeError, r"window: got \(1.5, 1\), expected two integers"),
+            ((Q, K, K), {"window": (0, "1"), "causal": True}, TypeError, "window: got"),
             ((Q, K, K), {"softcap": -1.0}, ValueError, "softcap: got -1.0"),
             ((Q, K, K), {"softcap": float("nan")}, ValueError, "softcap: got nan"),
             ((Q, K, K), {"rotary": tables(5, 4)}, ValueError, "rotary_k: got None"),

@@ -111,6 +111,9 @@ def _window(window: tuple[int, int], causal: bool) -> tuple[int, int]:
         left, right = window
     except (TypeError, ValueError):
         raise ValueError(f"window: got {window!r}, expected (left, right)") from None
+    for keys in (left, right):
+        if not isinstance(keys, (int, torch.SymInt)):
+            raise TypeError(f"window: got {window!r}, expected two integers")
     if not causal:
         return left, right
     if right > 0:
