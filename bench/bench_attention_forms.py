@@ -12,7 +12,7 @@ from vlmkern import ops
 # queries, keys, heads, heads of keys, head dimension, what is asked beyond that
 FORMS = {
     "qwen3_1_7b_prefill_1744": (1744, 1744, 16, 8, 128, {"causal": True}),
-    "gemma2_2b_prefill_2048": (2048, 2048, 8, 4, 256, {"causal": True, "softcap": 50.0}),
+    "gemma2_2b_prefill_4789": (4789, 4789, 8, 4, 256, {"causal": True, "softcap": 50.0}),
     "qwen2_vl_image_rotary_3996": (3996, 3996, 16, 16, 80, {"rotary": 40}),
     "idefics2_resampler_64_3704": (64, 3704, 16, 4, 96, {}),
     "qwen3_1_7b_decode_1744": (1, 1744, 16, 8, 128, {}),

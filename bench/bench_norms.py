@@ -1,4 +1,4 @@
-"""Norms: LayerNorm of a tower's residual sums, RMSNorm of a decoder's and of the heads of its queries.
+"""Norms: LayerNorm of a tower's residual sums, RMSNorm of a decoder's and of the heads of its queries, turned or not.
 
 eager     the sum, and the norm as transformers has it: F.layer_norm, or RMSNorm's formula in float32
 torch     RMSNorm by F.rms_norm
@@ -60,8 +60,34 @@ class RMSNorm(nn.Module):
         return ops.rms_norm(x, self.weight, residual=residual, eps=EPS)
 
 
-NORMS = {"add_layer_norm": LayerNorm, "rms_norm": RMSNorm}
-PROVIDERS = {"add_layer_norm": ("eager", "compile", "vlmkern"), "rms_norm": ("eager", "torch", "compile", "vlmkern")}
+class RotaryRMSNorm(RMSNorm):
+    """Of heads [B, N, H, D], and their rotation as transformers has it, by tables of their dtype."""
+
+    def __init__(self, size):
+        super().__init__(size)
+        angles = torch.arange(1744)[:, None] * 1e6 ** -(torch.arange(0, size, 2) / size)
+        self.tables = angles.cos(), angles.sin()
+        for name, table in zip(("cos", "sin"), self.tables, strict=True):
+            self.register_buffer(name, table.repeat(1, 2)[None, :, None])
+
+    def forward(self, x):
+        return self._turned(super().forward(x))
+
+    def torch(self, x):
+        return self._turned(super().torch(x))
+
+    def ours(self, x):
+        return ops.rms_norm(x, self.weight, eps=EPS, rotary=self.tables)
+
+    def _turned(self, x):
+        first, second = x.chunk(2, -1)
+        return x * self.cos + torch.cat((-second, first), -1) * self.sin
+
+
+NORMS = {"add_layer_norm": LayerNorm, "rms_norm": RMSNorm, "rms_norm_rotary": RotaryRMSNorm}
+PROVIDERS = dict.fromkeys(NORMS, ("eager", "torch", "compile", "vlmkern")) | {
+    "add_layer_norm": ("eager", "compile", "vlmkern")
+}
 CASES = [
     (norm, shape, mode)
     for norm, shape in (
@@ -72,6 +98,7 @@ CASES = [
         ("rms_norm", "qwen2_vl_3996"),
         ("rms_norm", "qwen3_1_7b_1744"),
         ("rms_norm", "qwen3_1_7b_q_1744"),
+        ("rms_norm_rotary", "qwen3_1_7b_q_1744"),
     )
     for mode in ("fwd", "bwd")
 ]

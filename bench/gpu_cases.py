@@ -105,6 +105,10 @@ def op_entries(dtype: torch.dtype = torch.bfloat16) -> list[Entry]:
         Entry(f"add_layer_norm {rows}x{WIDTH}", partial(add_layer_norm, dtype)),
         Entry(f"rms_norm {rows}x{OUT}", partial(rms_norm, dtype)),
         Entry(f"rms_norm of q, {rows}x{HEADS}x{_size(128, 8)}", partial(rms_norm_of_heads, _size(128, 8), dtype)),
+        Entry(
+            f"rms_norm and rotary of q, {rows}x{HEADS}x{_size(128, 8)}",
+            partial(rms_norm_and_rotary, _size(128, 8), dtype),
+        ),
     ]
 
 
@@ -315,6 +319,25 @@ def rms_norm_of_heads(head_dim: int, dtype: torch.dtype) -> Case:
 
     def ours(q: Tensor) -> Tensor:
         return ops.rms_norm(q, weight)
+
+    return _rms_norm_case([qkv[:, :, 0]], weight, eager, ours, 2)
+
+
+def rms_norm_and_rotary(head_dim: int, dtype: torch.dtype) -> Case:
+    """The same, turned by angles of the tokens."""
+    qkv = torch.randn(CROPS, TOKENS, 3, HEADS, head_dim, dtype=dtype, device=DEVICE.name)
+    weight = torch.randn(head_dim, dtype=dtype, device=DEVICE.name).requires_grad_()
+    angles = 6 * torch.rand(TOKENS, head_dim // 2, device=DEVICE.name)
+    tables = angles.cos(), angles.sin()
+    cos, sin = (t.repeat(1, 2)[:, None] for t in tables)
+
+    def eager(q: Tensor) -> Tensor:
+        normed = F.rms_norm(q, (head_dim,), weight, 1e-6)
+        first, second = normed.chunk(2, -1)
+        return (normed * cos + torch.cat((-second, first), -1) * sin).to(q.dtype)
+
+    def ours(q: Tensor) -> Tensor:
+        return ops.rms_norm(q, weight, rotary=tables)
 
     return _rms_norm_case([qkv[:, :, 0]], weight, eager, ours, 2)
 

@@ -40,6 +40,7 @@ CASES = {
     "add_layer_norm": lambda: gpu_cases.add_layer_norm(torch.float32),
     "rms_norm": lambda: gpu_cases.rms_norm(torch.bfloat16),
     "rms_norm_of_heads": lambda: gpu_cases.rms_norm_of_heads(8, torch.bfloat16),
+    "rms_norm_and_rotary": lambda: gpu_cases.rms_norm_and_rotary(8, torch.bfloat16),
 }
 
 

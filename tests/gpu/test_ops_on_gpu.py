@@ -32,6 +32,7 @@ CASES = {
     "add_layer_norm": gpu_cases.add_layer_norm,
     "rms_norm": gpu_cases.rms_norm,
     "rms_norm_of_heads": partial(gpu_cases.rms_norm_of_heads, 128),
+    "rms_norm_and_rotary": partial(gpu_cases.rms_norm_and_rotary, 128),
     "swiglu_mlp_few_rows": partial(gpu_cases.swiglu_mlp, 5),
 }
 unchecked = pytest.mark.skipif(DEVICE.rehearsal, reason="on CPUs values are checked")
