@@ -75,6 +75,6 @@ def plan_views(width: int, height: int, *, split: bool = True) -> ViewPlan:
         image_tokens=LATENTS * len(views),
         # one <fake_token_around_image> before each view and one after the last
         marker_tokens=len(views) + 1,
-        summary="4 quadrants, and the whole" if split else "whole, its aspect ratio kept",
+        summary="4 quadrants and the whole picture" if split else "whole, its aspect ratio kept",
         padded_patches=len(views) * (padded[0] // PATCH) * (padded[1] // PATCH),
     )

@@ -26,7 +26,7 @@ def plan_views(width: int, height: int, *, max_crops: int = 12) -> ViewPlan:
         place = None if tile is None else (tile.row, tile.col)
         return View(frame, (side, side), (side, side), (patches, patches), place, plan.geometry.window_grid)
 
-    tiles = "1 tile" if plan.crops == 2 else f"{plan.rows} x {plan.cols} overlapping tiles"
+    tiles = f"1 tile of {side} px" if plan.crops == 2 else f"{plan.rows} x {plan.cols} overlapping tiles"
     return ViewPlan(
         "jina-vlm",
         plan.width,
@@ -35,5 +35,5 @@ def plan_views(width: int, height: int, *, max_crops: int = 12) -> ViewPlan:
         # the frame and column tokens around the image tokens are learned rows, not text
         image_tokens=plan.total_tokens,
         marker_tokens=0,
-        summary=f"{tiles} of {side} px, thumbnail",
+        summary=f"{tiles}, thumbnail",
     )
