@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -198,3 +201,12 @@ def test_the_shared_resizing_is_that_of_jina_vlm():
     for height, width in [(1, 1), (378, 999), (5000, 25), (1500, 1500)]:
         limits = {"factor": 14, "min_pixels": 3136, "max_pixels": 1_003_520}
         assert sizes.smart_resize(height, width, **limits) == jina_tiling.smart_resize(height, width, **limits)
+
+
+def test_counting_needs_no_transformers():
+    code = (
+        "import sys; from vlmkern.efficiency import SYSTEMS, image_tokens; "
+        "[image_tokens(system, 1024, 768) for system in SYSTEMS]; "
+        "assert not {'transformers', 'torchvision', 'rich'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

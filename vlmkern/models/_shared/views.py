@@ -25,7 +25,7 @@ class View(NamedTuple):
         patches: the grid of patches that the tower encodes.
         place: row and column among the views that the picture is cut into; None for a view of the whole picture
             beside such parts.
-        token_grid: rows and columns of the image tokens that come of it, if they lie in a grid.
+        token_side: pixels along one side of the square cell that one image token is made of; None if of no one place.
     """
 
     frame: Box
@@ -33,7 +33,7 @@ class View(NamedTuple):
     padded_size: Size
     patches: Grid
     place: Grid | None = (0, 0)
-    token_grid: Grid | None = None
+    token_side: int | None = None
 
     @property
     def patch_count(self) -> int:
@@ -97,6 +97,6 @@ def split_frame(frame: Box, rows: int, cols: int) -> list[Box]:
     return [(xs[col], ys[row], xs[col + 1], ys[row + 1]) for row in range(rows) for col in range(cols)]
 
 
-def counted(number: int, noun: str) -> str:
-    """``1 tile``, ``2 tiles``."""
-    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+def tiles_named(rows: int, cols: int) -> str:
+    """``1 tile``, ``2 x 1 tiles``."""
+    return "1 tile" if rows * cols == 1 else f"{rows} x {cols} tiles"

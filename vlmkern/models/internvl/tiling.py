@@ -9,7 +9,7 @@ from __future__ import annotations
 from functools import lru_cache
 
 from .._shared.sizes import MAX_TILES, checked_int, checked_picture
-from .._shared.views import Grid, View, ViewPlan, counted, split_frame
+from .._shared.views import Grid, View, ViewPlan, split_frame, tiles_named
 
 TILE = 448
 PATCHES = 32
@@ -57,11 +57,11 @@ def plan_views(width: int, height: int, *, max_tiles: int = 12) -> ViewPlan:
     whole = (0, 0, width, height)
 
     def view(frame: tuple[float, float, float, float], place: Grid | None) -> View:
-        return View(frame, (TILE, TILE), (TILE, TILE), (PATCHES, PATCHES), place, (TOKENS, TOKENS))
+        return View(frame, (TILE, TILE), (TILE, TILE), (PATCHES, PATCHES), place, TILE // TOKENS)
 
     views = [view(frame, divmod(index, cols)) for index, frame in enumerate(split_frame(whole, rows, cols))]
-    summary = f"1 tile of {TILE} px"
+    summary = f"{tiles_named(rows, cols)} of {TILE} px"
     if len(views) > 1:
         views.append(view(whole, None))
-        summary = f"{rows} x {counted(cols, 'tile')} of {TILE} px, thumbnail"
+        summary += ", thumbnail"
     return ViewPlan("internvl2.5", width, height, tuple(views), len(views) * TOKENS * TOKENS, _MARKERS, summary)

@@ -20,11 +20,12 @@ def plan_views(width: int, height: int, *, max_crops: int = 12) -> ViewPlan:
     """
     plan = plan_tiles(*checked_picture(width, height), TilingGeometry(max_crops=max_crops))
     side, patches = plan.geometry.base_size, plan.geometry.patches_per_side
+    window = plan.geometry.pooling[0] * plan.geometry.patch_size
 
     def view(tile: Tile | None) -> View:
         frame = (0, 0, plan.width, plan.height) if tile is None else tile.source_box
         place = None if tile is None else (tile.row, tile.col)
-        return View(frame, (side, side), (side, side), (patches, patches), place, plan.geometry.window_grid)
+        return View(frame, (side, side), (side, side), (patches, patches), place, window)
 
     tiles = f"1 tile of {side} px" if plan.crops == 2 else f"{plan.rows} x {plan.cols} overlapping tiles"
     return ViewPlan(

@@ -35,7 +35,7 @@ def plan_views(width: int, height: int, *, min_pixels: int = 56 * 56, max_pixels
     size = resized_width, resized_height
     patches = resized_height // PATCH, resized_width // PATCH
     cells = patches[0] // MERGE, patches[1] // MERGE
-    view = View((0, 0, width, height), size, size, patches, token_grid=cells)
+    view = View((0, 0, width, height), size, size, patches, token_side=PATCH * MERGE)
     return ViewPlan(
         "qwen2-vl",
         width,

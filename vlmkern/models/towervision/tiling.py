@@ -14,7 +14,7 @@ import math
 from functools import lru_cache
 
 from .._shared.sizes import MAX_TILES, checked_int, checked_picture
-from .._shared.views import Box, Grid, Size, View, ViewPlan, counted, split_frame
+from .._shared.views import Box, Grid, Size, View, ViewPlan, split_frame, tiles_named
 
 TILE = 384
 PATCHES = 27
@@ -85,7 +85,7 @@ def plan_views(width: int, height: int, *, max_tiles: int = 6) -> ViewPlan:
         tuple(views),
         image_tokens=PATCHES * PATCHES + kept_rows * (kept_cols + 1),
         marker_tokens=0,
-        summary=f"{rows} x {counted(cols, 'tile')} of {TILE} px, thumbnail",
+        summary=f"{tiles_named(rows, cols)} of {TILE} px, thumbnail",
     )
 
 
@@ -105,11 +105,11 @@ def plan_frames(width: int, height: int, *, frames: int = 32) -> ViewPlan:
         "towervideo",
         width,
         height,
-        (_view((0, 0, width, height), (0, 0), POOLED),) * frames,
+        (_view((0, 0, width, height), (0, 0), None),) * frames,
         # one newline a video
         image_tokens=frames * POOLED * POOLED + 1,
         marker_tokens=0,
-        summary=f"{counted(frames, 'frame')} of {TILE} px",
+        summary=f"{frames} frames of {TILE} px",
     )
 
 
@@ -127,5 +127,5 @@ def _tiles(width: int, height: int, rows: int, cols: int) -> list[View]:
     return [_view(frame, divmod(index, cols)) for index, frame in enumerate(split_frame(canvas, rows, cols))]
 
 
-def _view(frame: Box, place: Grid | None, tokens: int = PATCHES) -> View:
-    return View(frame, (TILE, TILE), (TILE, TILE), (PATCHES, PATCHES), place, (tokens, tokens))
+def _view(frame: Box, place: Grid | None, token_side: int | None = TILE // PATCHES) -> View:
+    return View(frame, (TILE, TILE), (TILE, TILE), (PATCHES, PATCHES), place, token_side)
