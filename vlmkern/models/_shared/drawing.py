@@ -28,7 +28,7 @@ _CODES = "e63946 1d78d8 2a9d4a f58220 9146c8 00a8b5 de3c96 96aa14 3c48be c85a14 
 PALETTE: tuple[Colour, ...] = tuple(struct.iter_unpack("BBB", bytes.fromhex(_CODES)))
 
 
-def colours(count: int) -> list[Colour]:
+def tile_colours(count: int) -> list[Colour]:
     """As many that tell neighbours apart."""
     if count <= len(PALETTE):
         return list(PALETTE[:count])
@@ -42,7 +42,9 @@ def font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     return ImageFont.load_default(size=size)
 
 
-def badge(pen: ImageDraw.ImageDraw, corner: tuple[float, float], text: str, colour: Colour, height: int = 26) -> None:
+def draw_badge(
+    pen: ImageDraw.ImageDraw, corner: tuple[float, float], text: str, colour: Colour, height: int = 26
+) -> None:
     """A number on a rounded square, its top left corner at ``corner``."""
     left, top = corner
     width = height if len(text) < 3 else round(1.46 * height)
@@ -89,7 +91,7 @@ def titled(title: str, subtitle: str, picture: Image.Image, min_width: int = 0) 
     return drawn
 
 
-def joined(pictures: Sequence[Image.Image], down: bool, gap: int = GAP) -> Image.Image:
+def join(pictures: Sequence[Image.Image], down: bool, gap: int = GAP) -> Image.Image:
     """The pictures in one column, or in one row, ``gap`` pixels apart."""
     steps = [(picture.height if down else picture.width) + gap for picture in pictures]
     length, breadth = sum(steps) - gap, max(picture.width if down else picture.height for picture in pictures)
@@ -101,7 +103,7 @@ def joined(pictures: Sequence[Image.Image], down: bool, gap: int = GAP) -> Image
     return drawn
 
 
-def page(title: str, body: Image.Image, caption: str, min_width: int = 0) -> Image.Image:
+def make_page(title: str, body: Image.Image, caption: str, min_width: int = 0) -> Image.Image:
     """``body`` between a heading and a closing line."""
     width = max(min_width, body.width + 2 * MARGIN)
     drawn = Image.new("RGB", (width, 110 + body.height + 80), PAPER)

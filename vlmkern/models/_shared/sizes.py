@@ -8,7 +8,7 @@ import operator
 from .section import shown
 
 MAX_ASPECT_RATIO = 200
-"""Pictures longer than this times their short side are refused by the rule below."""
+"""Pictures longer than this times their short side are refused: they would be stretched beyond recognition."""
 
 MAX_SIDE = (1 << 31) - 1
 """Of a picture, pixels: sizes are kept as 32-bit integers in Pillow and in files."""
@@ -40,6 +40,15 @@ def checked_picture(width: object, height: object) -> tuple[int, int]:
     return checked_int("width", width, 1, MAX_SIDE), checked_int("height", height, 1, MAX_SIDE)
 
 
+def checked_aspect(height: int, width: int) -> None:
+    """ValueError if one side is more than 200 times the other."""
+    if max(height, width) > MAX_ASPECT_RATIO * min(height, width):
+        raise ValueError(
+            f"an image of {width}x{height} pixels has an aspect ratio of "
+            f"{max(height, width) / min(height, width):.0f}, the limit is {MAX_ASPECT_RATIO}"
+        )
+
+
 def smart_resize(height: int, width: int, *, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
     """Size nearest to ``height`` x ``width`` with sides in multiples of ``factor`` and an area within the limits.
 
@@ -51,11 +60,7 @@ def smart_resize(height: int, width: int, *, factor: int, min_pixels: int, max_p
     Raises:
         ValueError: one side more than 200 times the other.
     """
-    if max(height, width) > MAX_ASPECT_RATIO * min(height, width):
-        raise ValueError(
-            f"an image of {width}x{height} pixels has an aspect ratio of "
-            f"{max(height, width) / min(height, width):.0f}, the limit is {MAX_ASPECT_RATIO}"
-        )
+    checked_aspect(height, width)
     # round() takes halves to the even neighbour, which is what the trained models saw
     rows, cols = round(height / factor), round(width / factor)
     area = rows * cols * factor * factor

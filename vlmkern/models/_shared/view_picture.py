@@ -23,13 +23,13 @@ from .drawing import (
     THUMBNAIL,
     Colour,
     Size,
-    badge,
-    colours,
+    draw_badge,
     font,
     hatched,
-    joined,
+    join,
     lines_every,
-    page,
+    make_page,
+    tile_colours,
     titled,
 )
 from .views import Box, View, ViewPlan
@@ -88,14 +88,14 @@ def draw_views(
             )
     cells = [*_panels(photo, plans), titled("Patches and image tokens", "", _summary(plans), CELL)]
     columns = min(3, len(cells))
-    rows = [joined(_levelled(cells[at : at + columns]), down=False) for at in range(0, len(cells), columns)]
+    rows = [join(_levelled(cells[at : at + columns]), down=False) for at in range(0, len(cells), columns)]
     seen = f"{plans[0].model} sees" if len(plans) == 1 else f"{_WORDS.get(len(plans), len(plans))} systems see"
     caption = (
         f"{photo.width} x {photo.height} px:  {_span([plan.patches for plan in plans])} patches,  "
         f"{_span([plan.image_tokens for plan in plans])} image tokens."
     )
     width = PAGE_WIDTH if columns == 3 else 0
-    drawn = page(f"How {seen} one photograph", joined(rows, down=True), caption, width)
+    drawn = make_page(f"How {seen} one photograph", join(rows, down=True), caption, width)
     if path is not None:
         drawn.save(path)
     return drawn
@@ -149,7 +149,7 @@ def _photo_with_parts(photo: Image.Image, plan: ViewPlan, canvas: Box, scale: fl
         _token_lines(drawn, plan.parts[0], boxes[0])
 
     pen = ImageDraw.Draw(drawn)
-    palette = colours(len(boxes))
+    palette = tile_colours(len(boxes))
     for part, (x, y, right, bottom), colour in zip(plan.parts, boxes, palette, strict=True):
         # every other border lies further in where parts overlap, so that neighbours do not hide each other's lines
         inset = 5 * (sum(part.place or ()) % 2) if overlaps else 0
@@ -158,9 +158,9 @@ def _photo_with_parts(photo: Image.Image, plan: ViewPlan, canvas: Box, scale: fl
             pen.rectangle(outline, outline=colour, width=3 if min(right - x, bottom - y) >= 24 else 1)
     for number, ((x, y, right, bottom), colour) in zip(_numbers(plan), zip(boxes, palette, strict=True), strict=True):
         if len(boxes) == 1 and min(right - x, bottom - y) >= 40:
-            badge(pen, (x + 8, y + 8), number, colour)
+            draw_badge(pen, (x + 8, y + 8), number, colour)
         elif min(right - x, bottom - y) >= 60:
-            badge(pen, ((x + right) / 2 - 13, (y + bottom) / 2 - 13), number, colour)
+            draw_badge(pen, ((x + right) / 2 - 13, (y + bottom) / 2 - 13), number, colour)
     return drawn
 
 
@@ -205,13 +205,13 @@ def _views_apart(photo: Image.Image, plan: ViewPlan, scale: float) -> Image.Imag
     beside = scaled(whole) if whole[0] else (-WHOLE_GAP, 0)
     drawn = Image.new("RGB", (whole_left + beside[0], max(parts[1], beside[1])), PAPER)
     pen = ImageDraw.Draw(drawn)
-    palette = iter(colours(len(plan.parts)))
+    palette = iter(tile_colours(len(plan.parts)))
     for number, view in enumerate(plan.views):
         corner = (whole_left, 0) if view.place is None else (view.place[1] * step[0], view.place[0] * step[1])
         colour = THUMBNAIL if view.place is None else next(palette)
         drawn.paste(_view(photo, view, scaled(view.padded_size), colour), corner)
         if min(scaled(view.size)) >= 34:
-            badge(pen, (corner[0] + 5, corner[1] + 5), str(number), colour, height=20)
+            draw_badge(pen, (corner[0] + 5, corner[1] + 5), str(number), colour, height=20)
     return drawn
 
 
@@ -248,7 +248,7 @@ def _counts(body: Image.Image, plan: ViewPlan, top: int) -> None:
 
 def _summary(plans: Sequence[ViewPlan]) -> Image.Image:
     bars, legend = _bars(plans), _legend(plans)
-    return joined([bars, titled("Legend", "", legend, CELL)], down=True, gap=28)
+    return join([bars, titled("Legend", "", legend, CELL)], down=True, gap=28)
 
 
 def _bars(plans: Sequence[ViewPlan]) -> Image.Image:
@@ -283,7 +283,7 @@ def _legend(plans: Sequence[ViewPlan]) -> Image.Image:
         drawn = plain.copy()
         pen = ImageDraw.Draw(drawn)
         pen.rectangle((0, 0, 39, 39), outline=colour, width=3)
-        badge(pen, (10, 10), number, colour, height=20)
+        draw_badge(pen, (10, 10), number, colour, height=20)
         return drawn
 
     entries.append((framed(PALETTE[1], "1"), "part; number = its place among the views"))
