@@ -154,7 +154,7 @@ def test_idefics2_equals_the_mask_of_patches(size):
 def test_idefics2_refuses_what_the_processor_cannot_split(size):
     processor, pictures = idefics2_processor(), Image.new("RGB", size)
     with pytest.raises(ZeroDivisionError):
-        processor(images=pictures, do_image_splitting=True, return_tensors="pt")
+        processor(images=pictures, do_image_splitting=True, return_tensors="pt", input_data_format="channels_last")
     with pytest.raises(ValueError, match=r"cannot be split.*split=False"):
         image_tokens("idefics2", *size)
     assert image_tokens("idefics2", *size, split=False)["image_tokens"] == 64

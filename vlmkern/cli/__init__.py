@@ -98,7 +98,13 @@ def _parser() -> argparse.ArgumentParser:
 
     tokens = add("tokens", _tokens, "Count the tokens a picture takes, without loading a model.")
     tokens.add_argument("image", metavar="IMAGE")
-    tokens.add_argument("--model", choices=(*SYSTEMS, "all"), default="jina-vlm", help="default: jina-vlm")
+    tokens.add_argument(
+        "--model",
+        choices=(*SYSTEMS, "all"),
+        default="jina-vlm",
+        metavar="NAME",
+        help=f"{', '.join(SYSTEMS)} or all (default: jina-vlm)",
+    )
     tokens.add_argument("--max-crops", type=_tiles, metavar="N", help="most tiles of jina-vlm (default: 12)")
     tokens.add_argument("--option", action="append", type=_setting, metavar="KEY=VALUE", help=_SETTING_HELP)
     tokens.add_argument("--picture", metavar="FILE", help="draw how the picture is cut; PNG suits it best")
@@ -110,7 +116,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     efficiency.add_argument("--tiles", type=_tiles, metavar="N", help="default: 12")
     efficiency.add_argument("--sweep", type=_tiles, metavar="N", help="also the released figures of 1 to N tiles")
-    efficiency.add_argument("--model", choices=MODELS, help="what a picture costs it, by part")
+    efficiency.add_argument(
+        "--model", choices=MODELS, metavar="NAME", help=f"what a picture costs it: {', '.join(MODELS)}"
+    )
     efficiency.add_argument("--image", type=_size, metavar="WxH", help="the picture's size in pixels, with --model")
     efficiency.add_argument("--option", action="append", type=_setting, metavar="KEY=VALUE", help=_SETTING_HELP)
     efficiency.add_argument("--padded", action="store_true", help="idefics2-8b: with the padding to the largest view")

@@ -6,7 +6,7 @@ Drawn with Pillow from the plans alone, so that nothing is shown that is not cou
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -40,6 +40,8 @@ if TYPE_CHECKING:
     from ...images import ImageSource
 
 __all__ = ["draw_views"]
+
+PixelBox: TypeAlias = tuple[int, int, int, int]
 
 PAGE_WIDTH = 1680
 CELL = 506
@@ -86,9 +88,16 @@ def draw_views(
             raise ValueError(
                 f"plans: got one of {plan.width}x{plan.height} for a picture of {photo.width}x{photo.height}"
             )
-    cells = [*_panels(photo, plans), titled("Patches and image tokens", "", _summary(plans), CELL)]
-    columns = min(3, len(cells))
-    rows = [join(_levelled(cells[at : at + columns]), down=False) for at in range(0, len(cells), columns)]
+    columns = min(3, len(plans) + 1)
+    summary = titled("Patches and image tokens", "", _summary(plans), CELL)
+    scales = _scales(plans)
+    rows = []
+    for at in range(0, len(plans) + 1, columns):
+        of_row = plans[at : at + columns]
+        cells = _panels(photo, of_row, *scales) if of_row else []
+        if at + columns > len(plans):
+            cells.append(summary)
+        rows.append(join(_levelled(cells), down=False))
     seen = f"{plans[0].model} sees" if len(plans) == 1 else f"{_WORDS.get(len(plans), len(plans))} systems see"
     caption = (
         f"{photo.width} x {photo.height} px:  {_span([plan.patches for plan in plans])} patches,  "
@@ -101,22 +110,26 @@ def draw_views(
     return drawn
 
 
-def _panels(photo: Image.Image, plans: Sequence[ViewPlan]) -> list[Image.Image]:
-    canvases = [_canvas(plan) for plan in plans]
-    scale = min(min(CELL / (r - x), PHOTO_HEIGHT / (b - y)) for x, y, r, b in canvases)
-    view_scale = min(_views_scale(plan) for plan in plans)
-    photos = [_photo_with_parts(photo, plan, canvas, scale) for plan, canvas in zip(plans, canvases, strict=True)]
+def _scales(plans: Sequence[ViewPlan]) -> tuple[float, float]:
+    """Of the photograph and of the views, at which all panels have room for theirs."""
+    extents = [(right - left, bottom - top) for left, top, right, bottom in map(_canvas, plans)]
+    photo = min(min(CELL / across, PHOTO_HEIGHT / down) for across, down in extents)
+    return photo, min(map(_views_scale, plans))
+
+
+def _panels(photo: Image.Image, plans: Sequence[ViewPlan], scale: float, view_scale: float) -> list[Image.Image]:
+    """Of one row of the page: what they show stands at the same heights."""
+    photos = [_photo_with_parts(photo, plan, _canvas(plan), scale) for plan in plans]
     views = [_views_apart(photo, plan, view_scale) for plan in plans]
     below = max(picture.height for picture in photos) + 44
     bottom = below + max(picture.height for picture in views) + 20
     shrunk = f"1 : {1 / view_scale:.1f}" if view_scale < 1 else f"{view_scale:.1f} : 1"
-    note = "what the tower gets" if len(plans) == 1 else "what the tower gets, at one scale in all panels"
     panels = []
     for plan, cut, apart in zip(plans, photos, views, strict=True):
         body = Image.new("RGB", (CELL, bottom + 52), PAPER)
         body.paste(cut, (0, 0))
         body.paste(apart, (0, below))
-        ImageDraw.Draw(body).text((0, below - 26), f"{note} ({shrunk})", SOFT_INK, font(15))
+        ImageDraw.Draw(body).text((0, below - 26), f"what the tower gets, {shrunk}", SOFT_INK, font(15))
         _counts(body, plan, bottom)
         panels.append(titled(plan.model, plan.summary, body))
     return panels
@@ -129,46 +142,50 @@ def _canvas(plan: ViewPlan) -> Box:
 
 
 def _photo_with_parts(photo: Image.Image, plan: ViewPlan, canvas: Box, scale: float) -> Image.Image:
-    left, top, right, bottom = canvas
-
-    def placed(box: Box) -> tuple[int, int, int, int]:
-        x, y = round((box[0] - left) * scale), round((box[1] - top) * scale)
-        return x, y, max(x + 1, round((box[2] - left) * scale)), max(y + 1, round((box[3] - top) * scale))
+    def placed(box: Box) -> PixelBox:
+        left, top = round((box[0] - canvas[0]) * scale), round((box[1] - canvas[1]) * scale)
+        right, bottom = round((box[2] - canvas[0]) * scale), round((box[3] - canvas[1]) * scale)
+        return left, top, max(left + 1, right), max(top + 1, bottom)
 
     drawn = hatched(placed(canvas)[2:], PADDING, PADDING_LINES, 8)
-    x, y, right, bottom = placed((0, 0, photo.width, photo.height))
-    drawn.paste(photo.resize((right - x, bottom - y), Image.Resampling.LANCZOS), (x, y))
-
+    left, top, right, bottom = placed((0, 0, photo.width, photo.height))
+    drawn.paste(photo.resize((right - left, bottom - top), Image.Resampling.LANCZOS), (left, top))
     boxes = [placed(part.frame) for part in plan.parts]
-    cover = np.zeros((drawn.height, drawn.width), np.uint16)
-    for x, y, right, bottom in boxes:
-        cover[y:bottom, x:right] += 1
-    overlaps = bool((cover > 1).any())
-    drawn.paste(OVERLAP, mask=Image.fromarray(np.where(cover > 1, OVERLAP_LEVEL, 0).astype(np.uint8)))
+    overlapping = _tint_overlaps(drawn, boxes)
     if len(boxes) == 1:
         _token_lines(drawn, plan.parts[0], boxes[0])
-
-    pen = ImageDraw.Draw(drawn)
-    palette = tile_colours(len(boxes))
-    for part, (x, y, right, bottom), colour in zip(plan.parts, boxes, palette, strict=True):
-        # every other border lies further in where parts overlap, so that neighbours do not hide each other's lines
-        inset = 5 * (sum(part.place or ()) % 2) if overlaps else 0
-        outline = (x + inset, y + inset, right - 1 - inset, bottom - 1 - inset)
-        if outline[0] < outline[2] and outline[1] < outline[3]:
-            pen.rectangle(outline, outline=colour, width=3 if min(right - x, bottom - y) >= 24 else 1)
-    for number, ((x, y, right, bottom), colour) in zip(_numbers(plan), zip(boxes, palette, strict=True), strict=True):
-        if len(boxes) == 1 and min(right - x, bottom - y) >= 40:
-            draw_badge(pen, (x + 8, y + 8), number, colour)
-        elif min(right - x, bottom - y) >= 60:
-            draw_badge(pen, ((x + right) / 2 - 13, (y + bottom) / 2 - 13), number, colour)
+    _borders(drawn, plan, boxes, inset=5 if overlapping else 0)
     return drawn
 
 
-def _numbers(plan: ViewPlan) -> list[str]:
-    return [str(index) for index, view in enumerate(plan.views) if view.place is not None]
+def _tint_overlaps(drawn: Image.Image, boxes: Sequence[PixelBox]) -> bool:
+    """Tints what lies in more than one box; whether there is any."""
+    cover = np.zeros((drawn.height, drawn.width), np.uint16)
+    for left, top, right, bottom in boxes:
+        cover[top:bottom, left:right] += 1
+    shared = cover > 1
+    drawn.paste(OVERLAP, mask=Image.fromarray(np.where(shared, OVERLAP_LEVEL, 0).astype(np.uint8)))
+    return bool(shared.any())
 
 
-def _token_lines(drawn: Image.Image, view: View, box: tuple[int, int, int, int]) -> None:
+def _borders(drawn: Image.Image, plan: ViewPlan, boxes: Sequence[PixelBox], inset: int) -> None:
+    """Borders of the parts, every other one further in by ``inset``, so that none hides another's; then numbers."""
+    pen = ImageDraw.Draw(drawn)
+    palette = tile_colours(len(boxes))
+    for part, (left, top, right, bottom), colour in zip(plan.parts, boxes, palette, strict=True):
+        by = inset * (sum(part.place or ()) % 2)
+        outline = left + by, top + by, right - 1 - by, bottom - 1 - by
+        if outline[0] < outline[2] and outline[1] < outline[3]:
+            pen.rectangle(outline, outline=colour, width=3 if min(right - left, bottom - top) >= 24 else 1)
+    numbers = [str(index) for index, view in enumerate(plan.views) if view.place is not None]
+    for number, (left, top, right, bottom), colour in zip(numbers, boxes, palette, strict=True):
+        if len(boxes) == 1 and min(right - left, bottom - top) >= 40:
+            draw_badge(pen, (left + 8, top + 8), number, colour)
+        elif min(right - left, bottom - top) >= 60:
+            draw_badge(pen, ((left + right) / 2 - 13, (top + bottom) / 2 - 13), number, colour)
+
+
+def _token_lines(drawn: Image.Image, view: View, box: PixelBox) -> None:
     """The cells that become tokens, where they are large enough to be seen."""
     if view.token_side is None:
         return
