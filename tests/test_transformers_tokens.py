@@ -31,7 +31,9 @@ def sizes(count=700):
     while len(pairs) < count:
         area, ratio = 10 ** rng.uniform(0, 8), 10 ** rng.uniform(-2.5, 2.5)
         pairs.append((max(1, round((area * ratio) ** 0.5)), max(1, round((area / ratio) ** 0.5))))
-    return [(1024, 768), (1240, 1754), (3840, 2160), (448, 448), (224, 224), *pairs]
+    # squares on both sides of half of the pixels of 2 x 2 and 3 x 3 tiles, and quotients just below a whole number
+    ties = [(side, side) for side in (633, 634, 950, 951)] + [(47, 423), (188, 423), (49, 1323), (196, 1323)]
+    return [(1024, 768), (1240, 1754), (3840, 2160), (448, 448), (224, 224), *ties, *pairs]
 
 
 SIZES = sizes()

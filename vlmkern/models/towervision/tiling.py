@@ -34,14 +34,12 @@ def candidate_grids(max_tiles: int) -> tuple[Grid, ...]:
 def choose_grid(width: int, height: int, max_tiles: int) -> Grid:
     """The (rows, cols) that keeps the most of the picture's pixels, and of those the one that wastes the least."""
 
-    def kept_and_unwasted(grid: Grid) -> tuple[int, int]:
-        canvas_height, canvas_width = TILE * grid[0], TILE * grid[1]
-        scale = min(canvas_width / width, canvas_height / height)
-        kept = min(int(width * scale) * int(height * scale), width * height)
-        return kept, kept - canvas_height * canvas_width
+    def kept(grid: Grid) -> int:
+        scale = min(TILE * grid[1] / width, TILE * grid[0] / height)
+        return min(int(width * scale) * int(height * scale), width * height)
 
-    # max() takes the first of equals, as the public code does
-    return max(candidate_grids(max_tiles), key=kept_and_unwasted)
+    # max() takes the first of equals, and the smallest come first
+    return max(candidate_grids(max_tiles), key=kept)
 
 
 def resized(width: int, height: int, rows: int, cols: int) -> Size:
