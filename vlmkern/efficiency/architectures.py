@@ -1,7 +1,7 @@
 """Released models by name: which system each is of, and the sizes that FLOPs and bytes follow from.
 
-Sources: the public configurations and the papers. The layers and heads of Gemma 2 9B, Qwen2.5 0.5B and 72B are as
-commonly reported; they are not in the papers of the systems.
+Sources: the public configurations and the papers. The layers and heads of Gemma 2 9B, Qwen2.5 0.5B and 72B, and the
+vocabularies of InternVL 2.5, are as commonly reported; they are not in the papers of the systems.
 """
 
 from __future__ import annotations
