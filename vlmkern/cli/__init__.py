@@ -14,7 +14,11 @@ from typing import Any, NoReturn
 
 from .. import __version__
 from .._files import one_line
+from ..efficiency import MODELS, SYSTEMS
 from ..efficiency.formulas import MOST_TILES
+
+_SETTINGS = ("min_pixels", "max_pixels", "max_tiles", "max_crops", "split", "frames")
+_SETTING_HELP = f"of the model: {', '.join(_SETTINGS)}; may be repeated"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -94,11 +98,30 @@ def _parser() -> argparse.ArgumentParser:
 
     tokens = add("tokens", _tokens, "Count the tokens a picture takes, without loading a model.")
     tokens.add_argument("image", metavar="IMAGE")
-    tokens.add_argument("--max-crops", type=_tiles, default=12, metavar="N", help="most tiles (default: 12)")
+    tokens.add_argument(
+        "--model",
+        choices=(*SYSTEMS, "all"),
+        default="jina-vlm",
+        metavar="NAME",
+        help=f"{', '.join(SYSTEMS)} or all (default: jina-vlm)",
+    )
+    tokens.add_argument("--max-crops", type=_tiles, metavar="N", help="most tiles of jina-vlm (default: 12)")
+    tokens.add_argument("--option", action="append", type=_setting, metavar="KEY=VALUE", help=_SETTING_HELP)
+    tokens.add_argument("--picture", metavar="FILE", help="draw how the picture is cut; PNG suits it best")
 
-    efficiency = add("efficiency", _efficiency, "The paper's efficiency table: as published, exact, and as released.")
-    efficiency.add_argument("--tiles", type=_tiles, default=12, metavar="N", help="default: 12")
+    efficiency = add(
+        "efficiency",
+        _efficiency,
+        "The paper's efficiency table: as published, exact, and as released; or FLOPs of one picture in one model.",
+    )
+    efficiency.add_argument("--tiles", type=_tiles, metavar="N", help="default: 12")
     efficiency.add_argument("--sweep", type=_tiles, metavar="N", help="also the released figures of 1 to N tiles")
+    efficiency.add_argument(
+        "--model", choices=MODELS, metavar="NAME", help=f"what a picture costs it: {', '.join(MODELS)}"
+    )
+    efficiency.add_argument("--image", type=_size, metavar="WxH", help="the picture's size in pixels, with --model")
+    efficiency.add_argument("--option", action="append", type=_setting, metavar="KEY=VALUE", help=_SETTING_HELP)
+    efficiency.add_argument("--padded", action="store_true", help="idefics2-8b: with the padding to the largest view")
 
     aot = add("aot", _aot, "What every Triton kernel compiles to, for a GPU that need not be there.")
     aot.add_argument("--arch", type=int, choices=(80, 90, 100), help="compute capability (default: all)")
@@ -150,6 +173,25 @@ def _shape(text: str) -> dict[str, int]:
     return {key: int(value) for key, _, value in pairs}
 
 
+def _size(text: str) -> tuple[int, int]:
+    width, by, height = text.partition("x")
+    if not (by and all(side.isascii() and side.isdecimal() and len(side) < 20 for side in (width, height))):
+        raise argparse.ArgumentTypeError(f"got {reprlib.repr(text)}, expected WIDTHxHEIGHT, e.g. 1024x768")
+    return int(width), int(height)
+
+
+def _setting(text: str) -> tuple[str, int | bool]:
+    key, _, value = text.partition("=")
+    if key in _SETTINGS and value in ("true", "false"):
+        return key, value == "true"
+    if not (key in _SETTINGS and value.isascii() and value.isdecimal() and len(value) < 20):
+        raise argparse.ArgumentTypeError(
+            f"got {reprlib.repr(text)}, expected KEY=VALUE, e.g. max_tiles=6, split=false, with KEY one of "
+            f"{', '.join(_SETTINGS)}"
+        )
+    return key, int(value)
+
+
 def _integer(text: str, low: int, high: int | None = None) -> int:
     try:
         value = int(text)
@@ -170,26 +212,16 @@ def _demo(options: argparse.Namespace) -> dict[str, Any] | None:
     return run(options)
 
 
-def _tokens(options: argparse.Namespace) -> dict[str, Any] | None:
+def _tokens(options: argparse.Namespace) -> dict[str, Any] | list[dict[str, Any]]:
     from .tokens import run
 
     return run(options)
 
 
-def _efficiency(options: argparse.Namespace) -> dict[str, Any] | None:
-    from rich.console import Console
+def _efficiency(options: argparse.Namespace) -> dict[str, Any]:
+    from .efficiency import run
 
-    from ..efficiency import efficiency_rows, render, render_sweep, sweep_rows
-
-    report: dict[str, Any] = {"tiles": options.tiles, "rows": efficiency_rows(options.tiles)}
-    if options.sweep is not None:
-        report["sweep"] = sweep_rows(options.sweep)
-    if not options.json:
-        console = Console()
-        console.print(render(report["rows"]))
-        if options.sweep is not None:
-            Console(width=max(120, console.width)).print(render_sweep(report["sweep"]))
-    return report
+    return run(options)
 
 
 def _aot(options: argparse.Namespace) -> list[dict[str, Any]]:

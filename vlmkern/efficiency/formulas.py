@@ -1,12 +1,14 @@
-"""FLOPs, tokens and KV bytes of jina-vlm in closed form: the arithmetic behind the paper's Table 1.
+"""FLOPs, tokens and KV bytes of jina-vlm in closed form: the figures behind the paper's Table 1.
 
-One multiply-add counts as two FLOPs; softmax, norms, activations and biases are left out, as in the paper.
+The arithmetic is that of `parts`, which leaves out what the paper leaves out.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+
+from .parts import AttentionPooling, Decoder, Encoder
 
 __all__ = [
     "MOST_TILES",
@@ -23,7 +25,6 @@ __all__ = [
     "projector_flops",
     "token_layout",
     "tower_attention_flops",
-    "tower_block_flops",
     "tower_linear_flops",
     "validate_tiles",
 ]
@@ -66,6 +67,44 @@ class Sizes:
     decoder_kv_heads: int = 8
     decoder_head_dim: int = 128
     decoder_mlp: int = 6144
+    vocabulary: int = 151_936
+
+    @property
+    def encoder(self) -> Encoder:
+        """The tower's blocks whose output is used."""
+        return Encoder(
+            self.tower_layers_used,
+            self.tower_width,
+            self.tower_heads,
+            self.tower_head_dim,
+            self.tower_mlp,
+            self.patch_inputs,
+        )
+
+    @property
+    def connector(self) -> AttentionPooling:
+        """Pooling and projector."""
+        return AttentionPooling(
+            features=self.connector_features,
+            inner=self.connector_heads * self.connector_head_dim,
+            width=self.connector_width,
+            projector_mlp=self.projector_mlp,
+            out=self.decoder_width,
+            window=self.window,
+        )
+
+    @property
+    def decoder(self) -> Decoder:
+        """The language model."""
+        return Decoder(
+            self.decoder_layers,
+            self.decoder_width,
+            self.decoder_heads,
+            self.decoder_kv_heads,
+            self.decoder_head_dim,
+            self.decoder_mlp,
+            self.vocabulary,
+        )
 
     @property
     def patches_per_crop(self) -> int:
@@ -112,67 +151,52 @@ def validate_tiles(tiles: int) -> int:
     return tiles
 
 
-def tower_block_flops(sizes: Sizes) -> int:
-    """FLOPs of the four linear layers of one vision block (qkv, out, MLP up and down), for one patch."""
-    inner = sizes.tower_heads * sizes.tower_head_dim
-    return 2 * (4 * sizes.tower_width * inner + 2 * sizes.tower_width * sizes.tower_mlp)
-
-
 def tower_linear_flops(sizes: Sizes, crops: int, layers: int) -> int:
-    """FLOPs of the linear layers of ``layers`` vision blocks over ``crops`` crops."""
-    return layers * crops * sizes.patches_per_crop * tower_block_flops(sizes)
+    """FLOPs of the four linear layers (qkv, out, MLP up and down) of ``layers`` vision blocks over ``crops`` crops."""
+    encoder, views = sizes.encoder._replace(layers=layers), [sizes.patches_per_crop] * crops
+    return encoder.projections(views) + encoder.mlps(views)
 
 
 def tower_attention_flops(sizes: Sizes, crops: int, layers: int) -> int:
     """FLOPs of QK^T and PV in ``layers`` vision blocks: 4 * N * N * H * D a crop, as no crop sees another."""
-    patches = sizes.patches_per_crop
-    return layers * crops * 4 * patches * patches * sizes.tower_heads * sizes.tower_head_dim
+    return sizes.encoder._replace(layers=layers).attention([sizes.patches_per_crop] * crops)
 
 
 def patch_embedding_flops(sizes: Sizes, crops: int) -> int:
     """FLOPs of the linear patch embedding over ``crops`` crops."""
-    return 2 * crops * sizes.patches_per_crop * sizes.patch_inputs * sizes.tower_width
+    return sizes.encoder.patch_embed([sizes.patches_per_crop] * crops)
 
 
 def projector_flops(sizes: Sizes, tokens: int) -> int:
     """FLOPs of the SwiGLU projector into the decoder's width, for ``tokens`` visual tokens (paper Eq. 4)."""
-    return 2 * tokens * sizes.projector_mlp * (2 * sizes.connector_width + sizes.decoder_width)
+    return sizes.connector.projector(tokens)
 
 
 def connector_flops(sizes: Sizes, windows: int, slots: int) -> int:
-    """FLOPs of pooling ``slots`` patch features into ``windows`` tokens, projected (paper Eqs. 3 and 4).
-
-    The naive form: keys and values are computed for each slot, queries and the output layer for each window.
-    The scores inside a window (4 slots each) are left out; at 2,366 windows they come to 4e-5 TFLOP.
-    """
-    inner = sizes.connector_heads * sizes.connector_head_dim
-    keys_and_values = 2 * sizes.connector_features * 2 * inner
-    query_and_out = 2 * sizes.connector_features * inner + 2 * inner * sizes.connector_width
-    return slots * keys_and_values + windows * query_and_out + projector_flops(sizes, windows)
+    """FLOPs of pooling ``slots`` patch features into ``windows`` tokens, projected (paper Eqs. 3 and 4)."""
+    return sizes.connector.pooling(windows, slots) + projector_flops(sizes, windows)
 
 
 def decoder_linear_weights(sizes: Sizes) -> int:
     """Weights of the decoder's linear layers (1,409,286,144 as released), without embedding and lm_head."""
-    inner = sizes.decoder_heads * sizes.decoder_head_dim
-    qkv = sizes.decoder_width * (sizes.decoder_heads + 2 * sizes.decoder_kv_heads) * sizes.decoder_head_dim
-    layer = qkv + inner * sizes.decoder_width + 3 * sizes.decoder_width * sizes.decoder_mlp
-    return sizes.decoder_layers * layer
+    decoder = sizes.decoder
+    return decoder.layers * (decoder.projection_weights + decoder.mlp_weights)
 
 
 def decoder_linear_flops(sizes: Sizes, tokens: int) -> int:
     """FLOPs of the decoder's linear layers over a prefill of ``tokens`` tokens."""
-    return 2 * decoder_linear_weights(sizes) * tokens
+    return sizes.decoder.projections(tokens) + sizes.decoder.mlps(tokens)
 
 
 def decoder_attention_flops(sizes: Sizes, tokens: int) -> int:
     """FLOPs of causal attention over ``tokens`` tokens: 2 * S * S * H * D a layer, half the full square."""
-    return sizes.decoder_layers * 2 * tokens * tokens * sizes.decoder_heads * sizes.decoder_head_dim
+    return sizes.decoder.attention(tokens)
 
 
 def kv_cache_bytes(sizes: Sizes, tokens: int, kv_heads: int | None = None, bytes_per_value: int = 2) -> int:
     """Bytes of keys and values for ``tokens`` tokens; ``kv_heads`` defaults to the decoder's own number."""
-    heads = sizes.decoder_kv_heads if kv_heads is None else kv_heads
-    return 2 * sizes.decoder_layers * heads * sizes.decoder_head_dim * bytes_per_value * tokens
+    decoder = sizes.decoder if kv_heads is None else sizes.decoder._replace(kv_heads=kv_heads)
+    return decoder.kv_bytes(tokens, bytes_per_value)
 
 
 def most_square_grid(tiles: int) -> tuple[int, int]:

@@ -1,0 +1,1 @@
+"""Idefics2: how it sees a picture."""

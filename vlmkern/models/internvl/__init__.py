@@ -1,0 +1,1 @@
+"""InternVL 2.5: how it sees a picture."""
