@@ -11,9 +11,7 @@ from hypothesis import strategies as st
 
 from vlmkern.efficiency import SYSTEMS, image_tokens
 from vlmkern.efficiency.pictures import plan_views
-from vlmkern.models._shared import sizes
 from vlmkern.models.jina_vlm import JinaVLMImageProcessor
-from vlmkern.models.jina_vlm import tiling as jina_tiling
 
 # width, height: tokens and patches of each system, as the public processors give them
 KNOWN = {
@@ -195,12 +193,6 @@ def test_a_value_that_an_option_cannot_have_is_refused(model, option, values):
     for value in values:
         with pytest.raises(ValueError, match=rf"^{model}: {option} must be .*, got "):
             image_tokens(model, 100, 100, **{option: value})
-
-
-def test_the_shared_resizing_is_that_of_jina_vlm():
-    for height, width in [(1, 1), (378, 999), (5000, 25), (1500, 1500)]:
-        limits = {"factor": 14, "min_pixels": 3136, "max_pixels": 1_003_520}
-        assert sizes.smart_resize(height, width, **limits) == jina_tiling.smart_resize(height, width, **limits)
 
 
 def test_counting_needs_no_transformers():

@@ -10,7 +10,6 @@ from vlmkern.efficiency import SYSTEMS
 from vlmkern.efficiency.pictures import plan_views
 from vlmkern.models._shared.drawing import OVERLAP, OVERLAP_LEVEL, PALETTE, PAPER
 from vlmkern.models._shared.view_picture import CELL, PADDING, draw_views
-from vlmkern.models.jina_vlm import tiling_picture
 
 
 def grey(width, height, level=200):
@@ -102,7 +101,3 @@ def test_the_photograph_is_not_changed():
 def test_a_plan_of_another_picture_is_refused():
     with pytest.raises(ValueError, match="plans: got one of 640x480 for a picture of 480x640"):
         draw_views(grey(480, 640), plans_of(640, 480))
-
-
-def test_colours_are_those_of_the_page_of_jina_vlm_alone():
-    assert PALETTE == tiling_picture.PALETTE and OVERLAP == tiling_picture.OVERLAP

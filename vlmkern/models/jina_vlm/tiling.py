@@ -12,16 +12,14 @@ boxes are (left, top, right, bottom), as in Pillow.
 from __future__ import annotations
 
 import math
-import operator
 import struct
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import NamedTuple, TypeAlias
 
+from .._shared import sizes
 from .._shared.section import shown
-
-MAX_ASPECT_RATIO = 200
-"""Images longer than this times their short side are refused: they would be stretched beyond recognition."""
+from .._shared.sizes import checked_int
 
 MAX_TILES = 256
 """Upper bound of ``max_crops``: one strip of 256 tiles almost fills the decoder's 40,960 positions."""
@@ -35,17 +33,6 @@ MAX_ID = (1 << 31) - 1
 Box: TypeAlias = tuple[int, int, int, int]
 FloatBox: TypeAlias = tuple[float, float, float, float]
 Span: TypeAlias = tuple[int, int]
-
-
-def checked_int(name: str, value: object, low: int, high: int | None = None) -> int:
-    """``value`` as an int within [low, high]; ValueError naming the argument otherwise."""
-    wanted = f"an integer of at least {low}" if high is None else f"an integer from {low} to {high}"
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise ValueError(f"{name} must be {wanted}, got {shown(value)}")
-    number = operator.index(value)
-    if number < low or (high is not None and number > high):
-        raise ValueError(f"{name} must be {wanted}, got {shown(number)}")
-    return number
 
 
 def checked_pair(name: str, value: object, low: int) -> Span:
@@ -182,13 +169,9 @@ def _float32_quotient(numerator: int, denominator: int) -> float:
 
 
 def checked_size(height: int, width: int) -> Span:
-    """(height, width) as ints; ValueError for sides below 1 or an aspect ratio above ``MAX_ASPECT_RATIO``."""
-    height, width = checked_int("height", height, 1), checked_int("width", width, 1)
-    if max(height, width) > MAX_ASPECT_RATIO * min(height, width):
-        raise ValueError(
-            f"an image of {width}x{height} pixels has an aspect ratio of "
-            f"{max(height, width) / min(height, width):.0f}, the limit is {MAX_ASPECT_RATIO}"
-        )
+    """(height, width) as ints; ValueError for sides below 1 or an aspect ratio above 200."""
+    height, width = checked_int("height", height, 1, sizes.MAX_SIDE), checked_int("width", width, 1, sizes.MAX_SIDE)
+    sizes.checked_aspect(height, width)
     return height, width
 
 
@@ -203,20 +186,10 @@ def smart_resize(
         (height, width) in pixels, multiples of ``factor``.
 
     Raises:
-        ValueError: an aspect ratio above ``MAX_ASPECT_RATIO``, or a side below 1.
+        ValueError: an aspect ratio above 200, or a side below 1.
     """
-    height, width = checked_size(height, width)
-    # round() takes halves to the even neighbour, which is what the trained model saw
-    rows, cols = round(height / factor), round(width / factor)
-    area = rows * cols * factor * factor
-    if area > max_pixels:
-        shrink = math.sqrt(height * width / max_pixels)
-        rows = max(1, math.floor(height / shrink / factor))
-        cols = max(1, math.floor(width / shrink / factor))
-    elif area < min_pixels:
-        grow = math.sqrt(min_pixels / (height * width))
-        rows, cols = math.ceil(height * grow / factor), math.ceil(width * grow / factor)
-    return rows * factor, cols * factor
+    limits = {"min_pixels": min_pixels, "max_pixels": max_pixels}
+    return sizes.smart_resize(*checked_size(height, width), factor=factor, **limits)
 
 
 def kept_spans(tiles: int, patches: int, margins: Span, pooling: int) -> tuple[Span, ...]:
@@ -386,7 +359,7 @@ def plan_tiles(
         do_resize: whether :func:`smart_resize` comes first, with the two pixel limits.
 
     Raises:
-        ValueError: a side below 1, or an aspect ratio above ``MAX_ASPECT_RATIO``.
+        ValueError: a side below 1, or an aspect ratio above 200.
     """
     height, width = checked_size(height, width)
     work = (height, width)

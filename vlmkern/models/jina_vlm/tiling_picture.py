@@ -5,14 +5,32 @@ Drawn with Pillow from the processor's own plan (overlap-and-resize, Molmo secti
 
 from __future__ import annotations
 
-import colorsys
-import struct
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, TypeAlias
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 from ...images import load_image
+from .._shared.drawing import (
+    GAP,
+    INK,
+    MARGIN,
+    OVERLAP,
+    OVERLAP_LEVEL,
+    PALETTE,
+    PAPER,
+    RULE,
+    SOFT_INK,
+    THUMBNAIL,
+    Colour,
+    Size,
+    draw_badge,
+    font,
+    join,
+    make_page,
+    tile_colours,
+    titled,
+)
 
 if TYPE_CHECKING:
     import os
@@ -23,32 +41,17 @@ if TYPE_CHECKING:
 
 __all__ = ["draw_crop", "draw_tiling"]
 
-Colour: TypeAlias = tuple[int, int, int]
-Size: TypeAlias = tuple[int, int]
 # title, subtitle, picture
 Block: TypeAlias = tuple[str, str, Image.Image]
 
 PAGE_WIDTH = 1680
-MARGIN = 40
-GAP = 40
 TILE_GAP = 8
 INNER_WIDTH = PAGE_WIDTH - 2 * MARGIN
 HALF_WIDTH = (INNER_WIDTH - GAP) // 2
 NOTE_WIDTH = 340
 
-PAPER: Colour = (255, 255, 255)
-INK: Colour = (28, 32, 38)
-SOFT_INK: Colour = (98, 106, 116)
-RULE: Colour = (222, 226, 230)
-THUMBNAIL: Colour = (72, 80, 92)
-OVERLAP: Colour = (255, 220, 90)
-OVERLAP_LEVEL = 84
 SHADOW: Colour = (12, 14, 18)
 HATCHING: Colour = (150, 156, 164)
-
-# in this order each differs plainly from its neighbours in a row, and from those below in rows of 3 or 4
-_CODES = "e63946 1d78d8 2a9d4a f58220 9146c8 00a8b5 de3c96 96aa14 3c48be c85a14 14826e aa285a"
-PALETTE: tuple[Colour, ...] = tuple(struct.iter_unpack("BBB", bytes.fromhex(_CODES)))
 
 
 def draw_tiling(
@@ -122,12 +125,12 @@ def _blocks(photo: Image.Image, plan: TilePlan) -> tuple[list[Block], list[Block
     """The two large pictures, and the four small ones."""
     geometry = plan.geometry
     canvas = photo.resize((plan.canvas_width, plan.canvas_height), Image.Resampling.BILINEAR)
-    colours = _tile_colours(plan.rows * plan.cols)
+    colours = tile_colours(plan.rows * plan.cols)
     box = _large_box(plan)
     side_rows, side_cols = geometry.window_grid
     scale = max(1, 270 // geometry.patches_per_side)
     thumbnail = draw_crop(photo, geometry, (0, side_rows), (0, side_cols), THUMBNAIL, scale)
-    _badge(ImageDraw.Draw(thumbnail), (6, 6), "0", THUMBNAIL)
+    draw_badge(ImageDraw.Draw(thumbnail), (6, 6), "0", THUMBNAIL)
     rows, cols = plan.grid
     joined = _token_grid(canvas, plan, colours)
     large = [
@@ -193,7 +196,7 @@ def _photo_with_tiles(photo: Image.Image, plan: TilePlan, colours: Sequence[Colo
         if outline[0] < outline[2] and outline[1] < outline[3]:
             pen.rectangle(outline, outline=colour, width=3)
         if min(right - left, bottom - top) >= 60:
-            _badge(pen, ((left + right) / 2 - 13, (top + bottom) / 2 - 13), str(number), colour)
+            draw_badge(pen, ((left + right) / 2 - 13, (top + bottom) / 2 - 13), str(number), colour)
     return drawn
 
 
@@ -212,7 +215,7 @@ def _tiles_apart(canvas: Image.Image, plan: TilePlan, colours: Sequence[Colour],
         left, top = tile.col * step, tile.row * step
         drawn.paste(draw_crop(crop, plan.geometry, tile.kept_rows, tile.kept_cols, colour, scale), (left, top))
         if scale >= 3:
-            _badge(pen, (left + 6, top + 6), str(number), colour)
+            draw_badge(pen, (left + 6, top + 6), str(number), colour)
     return drawn
 
 
@@ -239,7 +242,7 @@ def _legend(plan: TilePlan) -> Image.Image:
     tile = plain.copy()
     pen = ImageDraw.Draw(tile)
     pen.rectangle((0, 0, 45, 45), outline=PALETTE[0], width=3)
-    _badge(pen, (10, 10), "1", PALETTE[0])
+    draw_badge(pen, (10, 10), "1", PALETTE[0])
     entries.append((tile, "tile", "number = its place among the crops"))
     if plan.rows * plan.cols > 1:
         shared = Image.blend(plain, Image.new("RGB", plain.size, OVERLAP), OVERLAP_LEVEL / 255)
@@ -259,8 +262,8 @@ def _legend(plan: TilePlan) -> Image.Image:
     for index, (picture, name, meaning) in enumerate(entries):
         top = index * 56
         drawn.paste(picture, (0, top))
-        pen.text((62, top + 2), name, INK, _font(17))
-        pen.text((62, top + 25), meaning, SOFT_INK, _font(15))
+        pen.text((62, top + 2), name, INK, font(17))
+        pen.text((62, top + 25), meaning, SOFT_INK, font(15))
     return drawn
 
 
@@ -281,8 +284,8 @@ def _numbers(plan: TilePlan) -> Image.Image:
     for index, (name, value) in enumerate(lines):
         top = index * 34
         last = index == len(lines) - 1
-        pen.text((0, top + 6), name, INK if last else SOFT_INK, _font(17))
-        pen.text((NOTE_WIDTH - 1, top + 6), value, INK, _font(17), anchor="ra")
+        pen.text((0, top + 6), name, INK if last else SOFT_INK, font(17))
+        pen.text((NOTE_WIDTH - 1, top + 6), value, INK, font(17), anchor="ra")
         if not last:
             pen.line((0, top + 33, NOTE_WIDTH - 1, top + 33), fill=RULE)
     return drawn
@@ -291,15 +294,15 @@ def _numbers(plan: TilePlan) -> Image.Image:
 def _page(plan: TilePlan, large: list[Block], small: list[Block]) -> Image.Image:
     shape = _shape(plan)
     if shape == "tall":
-        cells = [_titled(block, NOTE_WIDTH) for block in small]
-        notes = _join([_join(cells[:2], down=False), _join(cells[2:], down=False)], down=True)
-        body = _join([*map(_titled, large), notes], down=False)
+        cells = [titled(*block, NOTE_WIDTH) for block in small]
+        notes = join([join(cells[:2], down=False), join(cells[2:], down=False)], down=True)
+        body = join([*(titled(*block) for block in large), notes], down=False)
     else:
-        cells = [_titled(block) for block in small]
+        cells = [titled(*block) for block in small]
         spare = INNER_WIDTH - sum(cell.width for cell in cells)
-        notes = _join(cells, down=False, gap=max(GAP, spare // (len(cells) - 1)))
-        pictures = [_titled(block, 0 if shape == "wide" else HALF_WIDTH) for block in large]
-        body = _join([_join(pictures, down=shape == "wide"), notes], down=True)
+        notes = join(cells, down=False, gap=max(GAP, spare // (len(cells) - 1)))
+        pictures = [titled(*block, 0 if shape == "wide" else HALF_WIDTH) for block in large]
+        body = join([join(pictures, down=shape == "wide"), notes], down=True)
 
     counts = plan.describe()
     caption = (
@@ -307,42 +310,7 @@ def _page(plan: TilePlan, large: list[Block], small: list[Block]) -> Image.Image
         f"{counts['kept_windows']:,} of {counts['pooled_windows']:,} windows kept.  "
         f"{plan.total_tokens:,} tokens."
     )
-    width = max(PAGE_WIDTH, body.width + 2 * MARGIN)
-    page = Image.new("RGB", (width, 110 + body.height + 80), PAPER)
-    pen = ImageDraw.Draw(page)
-    pen.text((MARGIN, 30), "From a photograph to image tokens", INK, _font(34))
-    pen.line((MARGIN, 86, width - MARGIN, 86), fill=RULE, width=2)
-    page.paste(body, (MARGIN, 110))
-    bottom = 110 + body.height + 20
-    pen.line((MARGIN, bottom, width - MARGIN, bottom), fill=RULE, width=2)
-    pen.text((MARGIN, bottom + 16), caption, INK, _font(20))
-    return page
-
-
-def _titled(block: Block, min_width: int = 0) -> Image.Image:
-    title, subtitle, picture = block
-    large, small = _font(21), _font(15)
-    pen = ImageDraw.Draw(picture)
-    text_width = int(max(pen.textlength(title, large), pen.textlength(subtitle, small))) + 1
-    head = 56 if subtitle else 34
-    drawn = Image.new("RGB", (max(picture.width, text_width, min_width), head + picture.height), PAPER)
-    pen = ImageDraw.Draw(drawn)
-    pen.text((0, 0), title, INK, large)
-    pen.text((0, 28), subtitle, SOFT_INK, small)
-    drawn.paste(picture, (0, head))
-    return drawn
-
-
-def _join(pictures: Sequence[Image.Image], down: bool, gap: int = GAP) -> Image.Image:
-    """The pictures in one column, or in one row, ``gap`` pixels apart."""
-    steps = [(picture.height if down else picture.width) + gap for picture in pictures]
-    length, breadth = sum(steps) - gap, max(picture.width if down else picture.height for picture in pictures)
-    drawn = Image.new("RGB", (breadth, length) if down else (length, breadth), PAPER)
-    at = 0
-    for picture, step in zip(pictures, steps, strict=True):
-        drawn.paste(picture, (0, at) if down else (at, 0))
-        at += step
-    return drawn
+    return make_page("From a photograph to image tokens", body, caption, PAGE_WIDTH)
 
 
 def _edges(kept: Span, pooling: int, scale: int, side: int) -> Span:
@@ -374,22 +342,3 @@ def _window_lines(image: Image.Image, window: Size, level: int) -> None:
 
 def _tiles(plan: TilePlan) -> str:
     return f"{plan.rows} x {plan.cols} tiles" if plan.rows * plan.cols > 1 else "1 tile"
-
-
-def _badge(pen: ImageDraw.ImageDraw, corner: tuple[float, float], text: str, colour: Colour) -> None:
-    left, top = corner
-    width = 26 if len(text) < 3 else 38
-    pen.rounded_rectangle((left, top, left + width, top + 26), radius=6, fill=colour, outline=PAPER, width=1)
-    pen.text((left + width / 2, top + 13), text, PAPER, _font(16), anchor="mm")
-
-
-def _tile_colours(count: int) -> list[Colour]:
-    if count <= len(PALETTE):
-        return list(PALETTE[:count])
-    # steps of the golden ratio keep any number of hues apart
-    hues = (colorsys.hsv_to_rgb(index * 0.618034 % 1, 0.8, 0.85) for index in range(count))
-    return [(round(red * 255), round(green * 255), round(blue * 255)) for red, green, blue in hues]
-
-
-def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    return ImageFont.load_default(size=size)
