@@ -50,7 +50,7 @@ $(COMPAT)/.installed: pyproject.toml | $(STAMP)
 	touch $@
 
 test-compat: setup $(COMPAT)/.installed
-	PYTHONPATH=$(COMPAT) $(BIN)/python -m pytest tests/test_transformers_*.py
+	PYTHONPATH=$(COMPAT) $(BIN)/python -m pytest tests/test_transformers_*.py tests/test_picture_efficiency.py
 
 # the vLLM plugin's tests, in an environment of their own (2.6 GB): vLLM's CPU build pins what it needs
 VLLM_VENV := .venv-vllm
