@@ -25,6 +25,7 @@ ARCHS = (80, 90, 100)
 MODULES = (
     "attention.forward",
     "attention.backward",
+    "attention.rotary",
     "attention_pool.forward",
     "attention_pool.absorbed",
     "attention_pool.backward",
