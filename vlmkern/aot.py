@@ -195,7 +195,7 @@ def _configurations(kernel: Any, arch: int, bits: int) -> Iterator[tuple[dict[st
     from .kernels import _launch
 
     for shape, config in _launch.rows(kernel.name, arch, bits):
-        yield kernel.shape if shape is None else shape, config, True
+        yield kernel.shape | (shape or {}), config, True
     if kernel.baseline is not None and bits == 16:
         yield kernel.shape, kernel.baseline, False
 

@@ -28,7 +28,7 @@ from .._launch import Config, Kernel, Launch, start
 from ..blocks import constants, operands
 from ..blocks.rows import load_rows, store_rows, stream_rows, zero_rows
 from ..blocks.segments import clear_gaps, segment
-from .heads import dense_rows, dense_stream, head_rows, head_stream, statistics, strides_of
+from .heads import dense_rows, dense_stream, head_rows, head_stream, later_head, statistics, strides_of
 from .plan import PER_CALL, VARIANTS, WIDE_CANDIDATES, example, plan
 from .rotary import NO_TABLES, tables_of, turned
 from .scores import capped, edge_column, seen, span_of
@@ -77,9 +77,7 @@ def _by_query(
     b_p = _probabilities(b_s * scores.scale - b_lse[:, None])
     if MASKED:
         b_p = tl.where(seen(o_query, i_key + tl.arange(0, BLOCK_N), scores.window), b_p, 0.0)
-    b_ds = b_p * (b_dp - b_delta[:, None])
-    if scores.steepness is not None:
-        b_ds *= b_slope
+    b_ds = (b_p if scores.steepness is None else b_p * b_slope) * (b_dp - b_delta[:, None])
     b_ds = b_ds.to(b_k[0].dtype)
     b_new_dq = ()
     for i in tl.static_range(len(b_k)):
@@ -125,7 +123,7 @@ def attention_bwd_dq_kernel(
     HI: tl.constexpr,
     GROUP: tl.constexpr,
     PACKED: tl.constexpr,
-    SPLIT_TAIL: tl.constexpr,
+    SPLIT: tl.constexpr,
     NEGATED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -179,10 +177,10 @@ def attention_bwd_dq_kernel(
     k_rows = head_stream(k, k_hi, k_strides, head_k, TMA)
     v_rows = head_stream(v, v_hi, v_strides, head_k, TMA)
     # edges of their own spare the other blocks their masks; float32 needs the registers that two copies take
-    span = span_of(i_query, window, BLOCK_M, BLOCK_N, SPLIT_TAIL)
+    span = span_of(i_query, window, BLOCK_M, BLOCK_N, SPLIT)
     for i_key in range(span.whole, span.whole_end, BLOCK_N):
         b_dq = _by_query(b_dq, of_queries, k_rows, v_rows, i_key, scores, COLUMNS, BLOCK_N, NEGATED, False)
-    for i_edge in tl.range(span.edges, span.end, BLOCK_N, num_stages=1 if SPLIT_TAIL else None):
+    for i_edge in tl.range(span.edges, span.end, BLOCK_N, num_stages=1 if SPLIT else None):
         i_key = edge_column(i_edge, span, window)
         b_dq = _by_query(b_dq, of_queries, k_rows, v_rows, i_key, scores, COLUMNS, BLOCK_N, NEGATED, True)
     factor = _slope(scores, NEGATED)
@@ -223,9 +221,7 @@ def _by_key(
     b_p = _probabilities(b_s * scores.scale - b_lse[None, :])
     if MASKED and (scores.window.before is not None or scores.window.after is not None):
         b_p = tl.where(seen(o_key, o_row, scores.window), b_p, 0.0)
-    b_ds = b_p * (b_dp - b_delta[None, :])
-    if scores.steepness is not None:
-        b_ds *= b_slope
+    b_ds = (b_p if scores.steepness is None else b_p * b_slope) * (b_dp - b_delta[None, :])
     b_ds = b_ds.to(b_q[0].dtype)
     b_p = b_p.to(b_q[0].dtype)
     b_new_dk, b_new_dv = (), ()
@@ -233,6 +229,26 @@ def _by_key(
         b_new_dv += (tl.dot(b_p, b_do[i], b_dv[i], input_precision="ieee"),)
         b_new_dk += (tl.dot(b_ds, b_q[i], b_dk[i], input_precision="ieee"),)
     return b_new_dk, b_new_dv
+
+
+@triton.jit
+def _of_group(queries, strides, i_step, first, end, BLOCK_M: tl.constexpr, GROUP: tl.constexpr, TMA: tl.constexpr):
+    """What `_by_key` takes of queries at a step through those from `first` to `end` of one head of the group after the
+    other, given those of its first head: a loop in a loop would take 40 registers more."""
+    if GROUP == 1:
+        return queries, i_step
+    else:
+        q_rows, grad_rows, p_lse, p_delta = queries
+        q_stride, grad_stride, tokens = strides
+        length = tl.cdiv(end - first, BLOCK_M) * BLOCK_M
+        i_member = (i_step - first) // length
+        of_member = (
+            later_head(q_rows, i_member, q_stride, TMA),
+            later_head(grad_rows, i_member, grad_stride, TMA),
+            p_lse + i_member.to(tl.int64) * tokens,
+            p_delta + i_member.to(tl.int64) * tokens,
+        )
+        return of_member, i_step - i_member * length
 
 
 @triton.jit(do_not_specialize=PER_CALL)
@@ -273,7 +289,7 @@ def attention_bwd_dkv_kernel(
     HI: tl.constexpr,
     GROUP: tl.constexpr,
     PACKED: tl.constexpr,
-    SPLIT_TAIL: tl.constexpr,
+    SPLIT: tl.constexpr,
     NEGATED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -321,20 +337,25 @@ def attention_bwd_dkv_kernel(
     gradients = (zero_rows(COLUMNS, BLOCK_N), zero_rows(COLUMNS, BLOCK_N))
     of_keys = (i_key + tl.arange(0, BLOCK_N), b_k, b_v)
     # edges of their own spare the other blocks their masks; float32 needs the registers that two copies take
-    span = span_of(i_key, window, BLOCK_N, BLOCK_M, SPLIT_TAIL)
-    for i_member in range(GROUP):
-        head = operands.Head(i_batch, i_head_k * GROUP + i_member, start, queries)
-        of_queries = (
-            head_stream(q, q_hi, q_strides, head, TMA),
-            dense_stream(grad, grad_hi, dense, head, D, PACKED, TMA),
-            statistics(p_lse, dense, head, 0, PACKED),
-            statistics(p_delta, dense, head, 0, PACKED),
-        )
-        for i_query in range(span.whole, span.whole_end, BLOCK_M):
-            gradients = _by_key(gradients, of_keys, of_queries, i_query, scores, COLUMNS, BLOCK_M, NEGATED, False)
-        for i_edge in tl.range(span.edges, span.end, BLOCK_M, num_stages=1 if SPLIT_TAIL else None):
-            i_query = edge_column(i_edge, span, window)
-            gradients = _by_key(gradients, of_keys, of_queries, i_query, scores, COLUMNS, BLOCK_M, NEGATED, True)
+    span = span_of(i_key, window, BLOCK_N, BLOCK_M, SPLIT)
+    head = operands.Head(i_batch, i_head_k * GROUP, start, queries)
+    group = (
+        head_stream(q, q_hi, q_strides, head, TMA),
+        dense_stream(grad, grad_hi, dense, head, D, PACKED, TMA),
+        statistics(p_lse, dense, head, 0, PACKED),
+        statistics(p_delta, dense, head, 0, PACKED),
+    )
+    strides = (q_strides.head, D, tokens)
+    for i_step in range(span.whole, span.whole + GROUP * (span.whole_end - span.whole), BLOCK_M):
+        of_queries, i_query = _of_group(group, strides, i_step, span.whole, span.whole_end, BLOCK_M, GROUP, TMA)
+        gradients = _by_key(gradients, of_keys, of_queries, i_query, scores, COLUMNS, BLOCK_M, NEGATED, False)
+    end = span.end
+    if GROUP > 1:
+        end = span.edges + GROUP * (tl.cdiv(span.end - span.edges, BLOCK_M) * BLOCK_M)
+    for i_step in tl.range(span.edges, end, BLOCK_M, num_stages=1 if SPLIT else None):
+        of_queries, i_edge = _of_group(group, strides, i_step, span.edges, span.end, BLOCK_M, GROUP, TMA)
+        i_query = edge_column(i_edge, span, window)
+        gradients = _by_key(gradients, of_keys, of_queries, i_query, scores, COLUMNS, BLOCK_M, NEGATED, True)
     b_dk, b_dv = gradients
     factor = _slope(scores, NEGATED)
     store_rows(dk_rows, [b * factor for b in b_dk], COLUMNS, BLOCK_N)

@@ -113,7 +113,7 @@ def attention_fwd_kernel(
     HI: tl.constexpr,
     GROUP: tl.constexpr,
     PACKED: tl.constexpr,
-    SPLIT_TAIL: tl.constexpr,
+    SPLIT: tl.constexpr,
     NEGATED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -169,11 +169,11 @@ def attention_fwd_kernel(
     b_max = tl.full([BLOCK_M], -3.4028234663852886e38, tl.float32)
     softmax = (zero_rows(COLUMNS, BLOCK_M), b_max, tl.zeros([BLOCK_M], tl.float32))
     # edges of their own spare the other blocks their masks; float32 needs the registers that two copies take
-    span = span_of(i_query, window, BLOCK_M, BLOCK_N, SPLIT_TAIL)
+    span = span_of(i_query, window, BLOCK_M, BLOCK_N, SPLIT)
     o_query = i_query + tl.arange(0, BLOCK_M)
     for i_key in range(span.whole, span.whole_end, BLOCK_N):
         softmax = _attend(softmax, b_q, k_rows, v_rows, o_query, i_key, scores, COLUMNS, BLOCK_N, NEGATED, False)
-    for i_edge in tl.range(span.edges, span.end, BLOCK_N, num_stages=1 if SPLIT_TAIL else None):
+    for i_edge in tl.range(span.edges, span.end, BLOCK_N, num_stages=1 if SPLIT else None):
         i_key = edge_column(i_edge, span, window)
         softmax = _attend(softmax, b_q, k_rows, v_rows, o_query, i_key, scores, COLUMNS, BLOCK_N, NEGATED, True)
     b_acc, b_max, b_sum = softmax

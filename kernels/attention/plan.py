@@ -90,6 +90,7 @@ def plan(
     longest = tokens if longest is None else min(longest, tokens)
     longest_k = longest if same else tokens_k if longest_k is None else min(longest_k, tokens_k)
     over_keys = block == "BLOCK_M"
+    left, right, softcap = form
     # packed keys end inside the tensor, where a descriptor would fetch the next segment's, be they NaN
     strided = all(s > 0 and s * dtype.itemsize % 16 == 0 for x in streamed for s in x[:-1])
     tma = not packed and aligned and strided
@@ -105,7 +106,9 @@ def plan(
         "HI": hi,
         "GROUP": heads // heads_k if heads_k else 1,
         "PACKED": packed,
-        "SPLIT_TAIL": dtype != torch.float32,
+        # masks where none are needed cost less than the registers that a second copy of a block's code would: of
+        # float32 and of wide heads, and by keys of capped scores
+        "SPLIT": dtype != torch.float32 and head_dim <= 128 and (over_keys or not softcap),
         "NEGATED": scale < 0,
     }
     descriptors: tuple[Any, ...] = ()
@@ -116,7 +119,6 @@ def plan(
             tuple(descriptor_like(dtype, dense, (x[0], x[2], x[1], 1), [1, 1, rows, width]) for width in (lo, hi or lo))
             for x in streamed
         )
-    left, right, softcap = form
     return Plan(
         (heads, tokens) if packed else (images, heads, tokens),
         (-(-counted // config[block]) * of_heads * images,),
