@@ -93,7 +93,7 @@ def plan(
     left, right, softcap = form
     # packed keys end inside the tensor, where a descriptor would fetch the next segment's, be they NaN
     strided = all(s > 0 and s * dtype.itemsize % 16 == 0 for x in streamed for s in x[:-1])
-    tma = not packed and aligned and strided
+    tma = not packed and aligned and strided and tokens > 0 and tokens_k > 0
     config = dict(select_for(kernel, dtype, device, tma, tokens=max(longest, longest_k), head_dim=head_dim))
     lo = config.pop("LO", max(16, 1 << head_dim.bit_length() - 1))
     hi = 0 if head_dim <= lo else max(16, 1 << (head_dim - lo - 1).bit_length())
