@@ -1,61 +1,23 @@
 """What attention's Triton kernels take beyond equal lengths and heads, in the interpreter: windows, fewer heads and
-other lengths of keys, a cap, rotary; against float64 that shares no code with them."""
+other lengths of keys, a cap; against float64 that shares no code with them."""
 
 from __future__ import annotations
 
 import itertools
-from contextlib import ExitStack
 
 import pytest
 import torch
 import triton
 import triton.language as tl
 from attention_forms import exact
+from attention_kernels import agree, dense, gradients, tables, triton_backend, variant
 from support import LOW_PRECISION, low_precision_close
 
-import vlmkern
 from vlmkern import ops
-from vlmkern.kernels import _launch
-from vlmkern.kernels.attention import rotary as kernels_rotary
 from vlmkern.kernels.attention import scores
 from vlmkern.kernels.blocks import operands
 
-SMALL = {"BLOCK_M": 16, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1}
-# wide blocks of what is looped over, and narrow ones
-VARIANTS = {
-    "pointers": SMALL | {"TMA": False},
-    "descriptors": SMALL | {"TMA": True},
-    "wide_rows": SMALL | {"BLOCK_M": 64, "BLOCK_N": 16, "TMA": False},
-}
-KERNELS = ("attention_fwd_kernel", "attention_bwd_dq_kernel", "attention_bwd_dkv_kernel")
-
-
-@pytest.fixture(autouse=True)
-def triton_backend():
-    torch.use_deterministic_algorithms(True)  # fills what torch.empty gives with NaN
-    with vlmkern.use_backend("triton"):
-        yield
-    torch.use_deterministic_algorithms(False)
-
-
-@pytest.fixture(params=VARIANTS)
-def variant(request):
-    with ExitStack() as stack:
-        for kernel in KERNELS:
-            stack.enter_context(_launch.forced(kernel, VARIANTS[request.param]))
-        yield request.param
-
-
-def tables(*shape):
-    angles = 6 * torch.rand(*shape)
-    return angles.cos(), angles.sin()
-
-
-def dense(queries, keys, heads, heads_k, dim, batch=1, dtype=torch.float32):
-    q = torch.randn(batch, queries, heads, dim)
-    k, v = torch.randn(batch, keys, 2, heads_k, dim).unbind(2)
-    return tuple(t.to(dtype) for t in (q, k, v))
-
+__all__ = ["triton_backend", "variant"]
 
 # one form each, of sizes that leave parts of blocks: queries, keys, heads, heads of keys, head dimension, options
 FORMS = {
@@ -80,24 +42,6 @@ FORMS = {
     "wide_heads": (50, 70, 2, 1, 160, {"causal": True, "window": (30, -1)}),
     "everything": (70, 120, 6, 2, 72, {"softcap": 4.0, "causal": True, "window": (60, -1), "scale": 0.2}),
 }
-
-
-def gradients(function, tensors, grad):
-    leaves = [t.detach().requires_grad_() for t in tensors]
-    return torch.autograd.grad(function(*leaves), leaves, grad)
-
-
-def agree(q, k, v, options, rtol=1e-5, atol=5e-6):
-    """Result and gradients in float32 with float64's."""
-    grad = torch.randn_like(q)
-    torch.testing.assert_close(
-        ops.attention(q, k, v, **options).double(), exact(q, k, v, **options)[0], rtol=rtol, atol=atol
-    )
-    found = gradients(lambda *t: ops.attention(*t, **options), (q, k, v), grad)
-    expected = gradients(lambda *t: exact(*t, **options)[0], [t.double() for t in (q, k, v)], grad.double())
-    for a, e in zip(found, expected, strict=True):
-        assert a.is_contiguous()
-        torch.testing.assert_close(a.double(), e, rtol=10 * rtol, atol=10 * atol)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -139,109 +83,6 @@ def test_low_precision(variant, dtype, form):
 
     for i, gradient in enumerate(found):
         low_precision_close(gradient, lambda t, i=i: by(i, t))
-
-
-@pytest.mark.parametrize("interleaved", [False, True])
-@pytest.mark.parametrize("dim, width", [(16, 8), (72, 36), (80, 80), (10, 5), (96, 48)])
-def test_rotary(variant, dim, width, interleaved):
-    q, k, v = dense(40, 40, 4, 2, dim, batch=2)
-    cos, sin = tables(40, dim // 2)
-    if width == dim:
-        cos, sin = cos.repeat(1, 2), sin.repeat(1, 2)
-    agree(q, k, v, {"rotary": (cos, sin), "interleaved": interleaved})
-
-
-def test_rotary_by_image_of_keys_and_of_any_strides(variant):
-    q, k, v = dense(20, 70, 2, 2, 24, batch=2)
-    options = {"causal": True, "rotary_k": tuple(t[::2, 3:15] for t in tables(140, 20))}
-    agree(q, k, v, options | {"rotary": tables(2, 20, 12)})
-    cos, sin = tables(20, 12)
-    agree(q, k, v, options | {"rotary": (cos.expand(2, 20, 12), sin.T.contiguous().T.expand(2, 20, 12)[..., :12])})
-
-
-@pytest.mark.parametrize("interleaved", [False, True])
-def test_rotated_queries_and_keys_are_rounded_to_their_dtype(variant, interleaved):
-    """As a model's own rotation is, before attention sees them."""
-    q, k, v = dense(60, 60, 2, 1, 72, dtype=torch.bfloat16)
-    cos, sin = tables(60, 36)
-    angle = torch.complex(cos, sin)[:, None]
-
-    def turn(x):
-        pairs = x.float().unflatten(-1, (36, 2)) if interleaved else x.float().unflatten(-1, (2, 36)).mT
-        product = torch.view_as_real(torch.view_as_complex(pairs.contiguous()) * angle)
-        return (product if interleaved else product.mT).flatten(-2).to(x.dtype)
-
-    options = {"rotary": (cos, sin), "interleaved": interleaved}
-    out, before = ops.attention(q, k, v, **options), ops.attention(turn(q), turn(k), v)
-    # the same but where a rounding falls on the other side
-    assert (out.float() - before.float()).abs().max() <= 2e-2 and (out != before).float().mean() < 0.02
-    grad = torch.randn_like(q)
-    found = gradients(lambda *t: ops.attention(*t, **options), (q, k, v), grad)
-    expected = gradients(lambda *t: exact(*t, **options)[0], [t.double() for t in (q, k, v)], grad.double())
-    for a, e in zip(found, expected, strict=True):
-        assert (a.double() - e).abs().max() <= 3e-2 * e.abs().max()
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("interleaved", [False, True])
-def test_turning_back(dtype, interleaved):
-    x = torch.randn(2, 11, 3, 18)
-    turn = kernels_rotary.tables_of(*tables(2, 11, 9), interleaved)
-    there = kernels_rotary.turned(x, turn, torch.float32)
-    torch.testing.assert_close(there.norm(dim=-1), x.norm(dim=-1))
-    assert (there - x).abs().max() > 0.1
-    back = kernels_rotary.turned(there, turn, dtype, back=True)
-    assert back.dtype == dtype
-    torch.testing.assert_close(back, x.to(dtype), rtol=torch.finfo(dtype).eps, atol=1e-6)
-
-
-LENGTHS, LENGTHS_K = [5, 0, 40, 3, 7, 0, 70], [9, 4, 40, 2, 0, 0, 55]
-
-
-def packed(lengths, lengths_k, heads=4, heads_k=2, dim=24):
-    bounds, bounds_k = (torch.tensor([0, *itertools.accumulate(n)], dtype=torch.int32) for n in (lengths, lengths_k))
-    q, k, v = torch.randn(sum(lengths), heads, dim), *torch.randn(2, sum(lengths_k), heads_k, dim)
-    of_keys = {"cu_seqlens_k": bounds_k, "max_seqlen_k": max(lengths_k)}
-    return q, k, v, {"cu_seqlens": bounds, "max_seqlen": max(lengths), **of_keys}
-
-
-@pytest.mark.parametrize(
-    "options",
-    [{}, {"causal": True}, {"window": (9, 4)}, {"causal": True, "window": (20, -1), "softcap": 3.0, "rotary": True}],
-    ids=["lengths", "causal", "window", "everything"],
-)
-def test_packed(variant, options):
-    q, k, v, bounds = packed(LENGTHS, LENGTHS_K)
-    if "rotary" in options:
-        options = options | {"rotary": tables(len(q), 12), "rotary_k": tables(len(k), 12)}
-    agree(q, k, v, bounds | options)
-
-
-def test_packed_of_equal_lengths(variant):
-    q, k, v, bounds = packed(LENGTHS, LENGTHS)
-    options = {key: bounds[key] for key in ("cu_seqlens", "max_seqlen")}
-    agree(q, k, v, options | {"causal": True, "rotary": tables(len(q), 12)})
-
-
-def test_packed_segments_of_keys_do_not_bleed(variant):
-    q, k, v, bounds = packed(LENGTHS, LENGTHS_K)
-    out = ops.attention(q, k, v, causal=True, **bounds)
-    k[13:53], v[13:53] = torch.nan, torch.nan
-    poisoned = ops.attention(q, k, v, causal=True, **bounds)
-    assert torch.equal(poisoned[:5], out[:5]) and torch.equal(poisoned[45:], out[45:])
-    assert poisoned[5:45].isnan().all()
-
-
-@pytest.mark.parametrize("bounds_k", [[7, 9, 30], [0, 3, 60], [20, -(2**31), 40], [0, 15, 3], [0, 0, 0]])
-def test_bounds_of_keys_are_not_trusted(variant, bounds_k):
-    from vlmkern.kernels.attention import backward, forward
-
-    q, grad = torch.randn(2, 40, 2, 24).unbind(0)
-    k, v = torch.randn(2, 40, 1, 24).unbind(0)
-    bounds = (torch.tensor([0, 18, 40], dtype=torch.int32), 30, torch.tensor(bounds_k, dtype=torch.int32), 25)
-    out, lse = forward.attention_fwd(q, k, v, 0.3, *bounds, right=0)
-    found = backward.attention_bwd(grad, q, k, v, out, lse, 0.3, *bounds, right=0)
-    assert not lse.isnan().any() and all(x.isfinite().all() for x in (out, *found))
 
 
 @pytest.mark.parametrize("keys", [0, 3])
