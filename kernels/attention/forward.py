@@ -32,6 +32,9 @@ patch_interpreter()
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_HEAD_DIM = 256
+# of q that is turned where it is loaded: at 256 a thread would hold 128 channels, those that they are paired with, and
+# their angles, 600 bytes more than its registers
+MAX_TURNED_DIM = 128
 
 
 @triton.jit
@@ -218,6 +221,8 @@ def attention_fwd(
     if cos is not None:
         tables = tables_of(cos, sin, interleaved)
         k = turned(k, tables if cos_k is None else tables_of(cos_k, sin_k, interleaved), k.dtype)
+        if q.shape[-1] > MAX_TURNED_DIM:
+            q, tables = turned(q, tables, q.dtype), NO_TABLES
     how = plan(
         "attention_fwd_kernel",
         "BLOCK_M",

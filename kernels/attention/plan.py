@@ -95,6 +95,9 @@ def plan(
     strided = all(s > 0 and s * dtype.itemsize % 16 == 0 for x in streamed for s in x[:-1])
     tma = not packed and aligned and strided and tokens > 0 and tokens_k > 0
     config = dict(select_for(kernel, dtype, device, tma, tokens=max(longest, longest_k), head_dim=head_dim))
+    if left >= 0:
+        # edges on both sides take registers that a limit would spill
+        config.pop("maxnreg", None)
     lo = config.pop("LO", max(16, 1 << head_dim.bit_length() - 1))
     hi = 0 if head_dim <= lo else max(16, 1 << (head_dim - lo - 1).bit_length())
     counted, of_heads = (longest, heads) if over_keys else (longest_k, heads_k)

@@ -1,10 +1,10 @@
 """Rotary position embedding of queries and keys (Su et al., 2021, eq. 34), and back again.
 
-The forward kernel turns q where it loads it, once a block: the channels that it is paired with are in the cache then.
-What kernels loop over is turned beforehand, by a kernel of its own, as it would be once for every block that loops
-over it: k, and for gradients q. Gradients come from their kernels in float32 and are turned back before they are
-rounded: in registers a pair's channels lie in different threads and, at head dimensions that are no power of two, in
-different blocks.
+The forward kernel turns q where it loads it, once a block: the channels that are paired with its own are in the cache
+then. Wider heads than 128 would take more registers than there are: their q is turned beforehand, by a kernel of its
+own, as is what kernels loop over, which they would turn once for every block: k, and for gradients q. Gradients come
+from their kernels in float32 and are turned back before they are rounded: in registers a pair's channels lie in
+different threads and, at head dimensions that are no power of two, in different blocks.
 """
 
 from collections.abc import Callable
@@ -50,7 +50,8 @@ def load_turned_rows(rows, cos_rows, sin_rows, COLUMNS: tl.constexpr, ROWS: tl.c
     if COLUMNS.HI:
         HI_COL: tl.constexpr = COLUMNS.LO if COLUMNS.TMA else COLUMNS.D - COLUMNS.HI
         b_hi = (_turned(rows, cos_rows, sin_rows, HI_COL, COLUMNS.LO, COLUMNS.HI, COLUMNS.D, ROWS, INTERLEAVED),)
-    return (_turned(rows, cos_rows, sin_rows, 0, 0, COLUMNS.LO, COLUMNS.D, ROWS, INTERLEAVED), *b_hi)
+    b_lo = (_turned(rows, cos_rows, sin_rows, 0, 0, COLUMNS.LO, COLUMNS.D, ROWS, INTERLEAVED),)
+    return b_lo + b_hi
 
 
 @triton.jit

@@ -16,7 +16,7 @@ __all__ = ["triton_backend", "variant"]
 
 
 @pytest.mark.parametrize("interleaved", [False, True])
-@pytest.mark.parametrize("dim, width", [(16, 8), (72, 36), (80, 80), (10, 5), (96, 48)])
+@pytest.mark.parametrize("dim, width", [(16, 8), (72, 36), (80, 80), (10, 5), (160, 80)])
 def test_rotary(variant, dim, width, interleaved):
     q, k, v = dense(40, 40, 4, 2, dim, batch=2)
     cos, sin = tables(40, dim // 2)
