@@ -25,7 +25,7 @@ test: setup
 
 # the op tests for each instruction set that the CPU has; those below AVX512_BF16 as on CPUs where torch has no bfloat16
 # products either, the last with a cache of its own: torch 2.13 loads what it compiled for one vector width for another, and
-# corrupts memory; and attention by AMX's kernels on plain C++
+# corrupts memory; and attention and its pooling by AMX's kernels on plain C++
 AS_AVX512 := VLMKERN_CPU_ISA=avx512 ONEDNN_MAX_CPU_ISA=AVX512_CORE
 AS_AVX2 := VLMKERN_CPU_ISA=avx2 ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 \
   TORCHINDUCTOR_CACHE_DIR=$(abspath build/inductor_avx2)
@@ -39,7 +39,7 @@ test-isas: setup
 	    avx2) run $(AS_AVX2) $(BIN)/python -m pytest -q $(OP_TESTS);; \
 	    *) run VLMKERN_CPU_ISA=$$isa $(BIN)/python -m pytest -q $(OP_TESTS);; \
 	  esac; done; \
-	run VLMKERN_CPU_ISA=amx_emulated $(BIN)/python -m pytest -q tests/ops/attention tests/test_native_properties.py
+	run VLMKERN_CPU_ISA=amx_emulated $(BIN)/python -m pytest -q tests/ops/attention tests/ops/attention_pool tests/test_native_properties.py
 
 # the transformers tests with the oldest version that is supported, installed beside the others
 COMPAT := build/compat

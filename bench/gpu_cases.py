@@ -117,6 +117,8 @@ def op_entries(dtype: torch.dtype = torch.bfloat16) -> list[Entry]:
             for c, e, a in linears
         ),
         Entry(f"add_layer_norm {rows}x{WIDTH}", partial(add_layer_norm, dtype)),
+        Entry(f"rms_norm {rows}x{OUT}", partial(rms_norm, dtype)),
+        Entry(f"rms_norm of q, {rows}x{HEADS}x{_size(128, 8)}", partial(rms_norm_of_heads, _size(128, 8), dtype)),
     ]
 
 
@@ -377,6 +379,51 @@ def add_layer_norm(dtype: torch.dtype) -> Case:
         flops=8 * rows * WIDTH,
         least_bytes=4 * rows * WIDTH * dtype.itemsize,
         weights=weights,
+    )
+
+
+def rms_norm(dtype: torch.dtype) -> Case:
+    """Between a decoder block's halves: residual and norm."""
+    rows = CROPS * TOKENS
+    tensors = [torch.randn(rows, OUT, dtype=dtype, device=DEVICE.name) for _ in range(2)]
+    weight = torch.randn(OUT, dtype=dtype, device=DEVICE.name).requires_grad_()
+
+    def eager(x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        total = x + residual
+        return F.rms_norm(total, (OUT,), weight, 1e-6), total
+
+    def ours(x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        return ops.rms_norm(x, weight, residual=residual)
+
+    return _rms_norm_case(tensors, weight, eager, ours, 4)
+
+
+def rms_norm_of_heads(head_dim: int, dtype: torch.dtype) -> Case:
+    """Of the queries of a decoder, a view of one fused projection."""
+    qkv = torch.randn(CROPS, TOKENS, 3, HEADS, head_dim, dtype=dtype, device=DEVICE.name)
+    weight = torch.randn(head_dim, dtype=dtype, device=DEVICE.name).requires_grad_()
+
+    def eager(q: Tensor) -> Tensor:
+        return F.rms_norm(q, (head_dim,), weight, 1e-6)
+
+    def ours(q: Tensor) -> Tensor:
+        return ops.rms_norm(q, weight)
+
+    return _rms_norm_case([qkv[:, :, 0]], weight, eager, ours, 2)
+
+
+def _rms_norm_case(
+    tensors: list[Tensor], weight: Tensor, eager: Callable[..., Any], ours: Callable[..., Any], moved: int
+) -> Case:
+    """Of which as many tensors as `moved`, of the first one's size, are read or written."""
+    x = tensors[0]
+    return Case(
+        tensors,
+        eager,
+        {"eager": eager, "compile": compiled(eager), "vlmkern": ours},
+        flops=6 * x.numel(),
+        least_bytes=moved * x.numel() * x.element_size(),
+        weights=[weight],
     )
 
 

@@ -20,8 +20,29 @@ from peers import PEERS
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
+Found = dict[str, dict[tuple[str, str, str], dict[str, Any]]]
+"""By CPU's name, and then by suite, shape and dtype: a row."""
+
 DEFAULTS = ("sdpa", "transformers", "transformers_sdpa", "eager")
 """Providers that are torch as it comes."""
+
+HIGHLIGHTS = {
+    "attention, SigLIP, 1 tile (16 heads x 72, 729 tokens)": ("attention fwd", "siglip_so400m_1_tile"),
+    "attention, InternViT (16 x 64, 1,025 tokens)": ("attention fwd", "internvit_300m_1_tile"),
+    "attention, Qwen2-VL (16 x 80, 3,996 tokens)": ("attention fwd", "qwen2_vl_image"),
+    "attention, causal, 1,744 tokens (16 heads on 8 x 128)": ("attention fwd", "qwen3_1_7b_prefill_1744"),
+    "attention's gradients, SigLIP, 1 tile": ("attention bwd", "siglip_so400m_1_tile"),
+    "attention pooling, 16 heads, 784 windows": ("attention_pool fwd", "jina_vlm_4_tiles"),
+    "attention pooling, one head (the paper's form), 784 windows": ("attention_pool fwd", "jina_vlm_paper_4_tiles"),
+    "SwiGLU 1152-6144-2048, 1 row": ("swiglu_mlp fwd", "projector_1"),
+    "SwiGLU, 784 rows": ("swiglu_mlp fwd", "projector_784"),
+    "SwiGLU's gradients, 196 rows": ("swiglu_mlp bwd", "projector_196"),
+    "SigLIP block, 2 tiles, against transformers": ("siglip block fwd", "2_tiles"),
+    "transformers' SiglipVisionModel after `patch`, 1 image": ("SiglipVisionModel, patched", "1_image"),
+    "prefill, 1,744 tokens, 4 layers, against transformers' Qwen3": ("prefill", "qwen3_1_7b_4_layers_1744_tokens"),
+    "one decoded token, 1,744 cached, 4 layers": ("decode", "qwen3_1_7b_4_layers_1744_cached"),
+}
+"""The README's rows: what they are called there, and their suite and shape."""
 
 # CPUID's vendor, family and models: Intel's and AMD's lists of processors
 _CPUS = (
@@ -126,7 +147,7 @@ def save(path: Path, folder: Path = RESULTS) -> Path:
     return file
 
 
-def latest(folder: Path = RESULTS) -> dict[str, dict[tuple[str, str, str], dict[str, Any]]]:
+def latest(folder: Path = RESULTS) -> Found:
     """By CPU's name, and then by suite, shape and dtype: the newest row, with its run's date."""
     found: dict[str, dict[tuple[str, str, str], dict[str, Any]]] = defaultdict(dict)
     runs = [json.loads(file.read_text(encoding="utf-8")) for file in folder.glob("*.json")]
@@ -140,12 +161,12 @@ def _key(row: dict[str, Any]) -> tuple[str, str, str]:
     return row["suite"], row["shape"], row["dtype"]
 
 
-def side_by_side(found: dict[str, dict[tuple[str, str, str], dict[str, Any]]]) -> str:
-    """Markdown: how many times as fast as the best of torch, a row a case, two columns a CPU."""
+def side_by_side(found: Found, cases: dict[str, tuple[str, str]]) -> str:
+    """Markdown: how many times as fast as the best of torch, a row for each of the named cases, two columns a CPU."""
     head = ["case", *(f"{name}: {dtype}" for name in found for dtype in ("bf16", "fp32"))]
     lines = [_line(head), _line(["---", *["--:"] * (len(head) - 1)])]
-    for suite, shape in _cases(found):
-        cells = [_label(suite, shape)]
+    for label, (suite, shape) in cases.items():
+        cells = [label]
         for rows in found.values():
             for dtype in ("bfloat16", "float32"):
                 row = rows.get((suite, shape, dtype), {})
@@ -170,8 +191,8 @@ def full(rows: dict[tuple[str, str, str], dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def _cases(found: dict[str, Any]) -> list[tuple[str, str]]:
-    return list(dict.fromkeys((suite, shape) for rows in found.values() for suite, shape, _ in rows))
+def _cases(found: Found) -> dict[str, tuple[str, str]]:
+    return {_label(suite, shape): (suite, shape) for rows in found.values() for suite, shape, _ in rows}
 
 
 def _label(suite: str, shape: str) -> str:
@@ -203,7 +224,13 @@ def tables() -> dict[str, str]:
     for name, rows in found.items():
         sources = sorted({f"{row['source']}, {row['date']}" for row in rows.values()})
         pages.append(f"## {name}\n\n{'; '.join(sources)}\n\n{full(rows)}")
-    return {"speed by CPU": side_by_side(found), "speed in full": "\n\n".join(pages)}
+    # a CPU whose instructions were held back stands for others, but is none
+    whole = {name: rows for name, rows in found.items() if "held to" not in name}
+    return {
+        "speed highlights": side_by_side(whole, HIGHLIGHTS),
+        "speed by CPU": side_by_side(found, _cases(found)),
+        "speed in full": "\n\n".join(pages),
+    }
 
 
 def main(arguments: list[str]) -> int:
@@ -217,8 +244,9 @@ def main(arguments: list[str]) -> int:
         print(save(options.run).relative_to(ROOT))
         return 0
     text = tables()
-    write(ROOT / "docs" / "performance.md", "speed by CPU", text["speed by CPU"])
-    write(ROOT / "docs" / "performance.md", "speed in full", text["speed in full"])
+    write(ROOT / "README.md", "speed highlights", text["speed highlights"])
+    for name in ("speed by CPU", "speed in full"):
+        write(ROOT / "docs" / "performance.md", name, text[name])
     return 0
 
 

@@ -16,6 +16,7 @@
 #include "cpu/check.h"
 #include "cpu/isa.h"
 #include "cpu/linear/linear.h"
+#include "cpu/norms/norms.h"
 #include "cpu/swiglu_mlp/swiglu_mlp.h"
 #include "cpu/units.h"
 #if VLMKERN_HAVE_CUDA
@@ -29,10 +30,43 @@ namespace {
 
 void* at(uintptr_t address) { return reinterpret_cast<void*>(address); }
 
-// of a [batch, token, head, head_dim] tensor, but for the last
 using Strides = std::array<int64_t, 3>;
 
 AttentionInputs::Strides strides(const Strides& s) { return {s[0], s[1], s[2]}; }
+
+// The inputs of attention as Python tells them.
+using HeadsTensor = std::pair<uintptr_t, Strides>;                     // [batch, token, head, head_dim], strides but for the last
+using AttentionSizes = std::array<int64_t, 6>;                         // batch, queries, keys, heads, heads of keys, head_dim
+using AttentionBounds = std::tuple<uintptr_t, uintptr_t, int64_t>;     // cu_seqlens, cu_seqlens_k, segments
+using AttentionScoring = std::tuple<float, float, int64_t, int64_t>;   // scale, softcap, window
+using AttentionTable = std::tuple<uintptr_t, int64_t, int64_t>;        // address, strides of images and tokens
+using AttentionTables = std::pair<std::vector<AttentionTable>, bool>;  // cos and sin of queries, then of keys, or none; interleaved
+
+void describe(AttentionInputs& p, int dtype, const HeadsTensor& q, const HeadsTensor& k, const HeadsTensor& v, const AttentionSizes& sizes,
+              const AttentionBounds& bounds, const AttentionScoring& scoring, const AttentionTables& tables) {
+  p.dtype = static_cast<DType>(dtype);
+  p.q = at(q.first), p.k = at(k.first), p.v = at(v.first);
+  p.q_strides = strides(q.second), p.k_strides = strides(k.second), p.v_strides = strides(v.second);
+  p.batch = sizes[0], p.queries = sizes[1], p.keys = sizes[2], p.heads = sizes[3], p.kv_heads = sizes[4], p.head_dim = sizes[5];
+  p.cu_seqlens = static_cast<const int32_t*>(at(std::get<0>(bounds)));
+  p.cu_seqlens_k = static_cast<const int32_t*>(at(std::get<1>(bounds))), p.segments = std::get<2>(bounds);
+  p.scores = {std::get<0>(scoring), std::get<1>(scoring), std::get<2>(scoring), std::get<3>(scoring)};
+  const auto& [rows, interleaved] = tables;
+  require(rows.empty() || rows.size() == 4, "rotary: expected four tables or none");
+  const auto table = [&, &list = rows](size_t i) -> AttentionInputs::Table {
+    if (list.empty()) return {nullptr, 0, 0};
+    return {static_cast<const float*>(at(std::get<0>(list[i]))), std::get<1>(list[i]), std::get<2>(list[i])};
+  };
+  p.cos = table(0), p.sin = table(1), p.cos_k = table(2), p.sin_k = table(3);
+  p.interleaved = interleaved;
+}
+
+// a tensor of rows that are counted through three sizes: its address, and its strides over them
+using Rows = std::pair<uintptr_t, Strides>;
+
+NormInput rows(const Rows& r) { return {at(r.first), r.second[0], r.second[1], r.second[2]}; }
+
+NormShape shape(const std::array<int64_t, 4>& s) { return {s[0], s[1], s[2], s[3]}; }
 
 using ExtentList = std::vector<int64_t>;
 
@@ -100,46 +134,33 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
 
   m.def(
       "attention_fwd",
-      [](int dtype, uintptr_t q, uintptr_t k, uintptr_t v, Strides q_strides, Strides k_strides, Strides v_strides, uintptr_t out,
-         uintptr_t lse, int64_t batch, int64_t tokens, int64_t heads, int64_t head_dim, uintptr_t cu_seqlens, int64_t segments, float scale,
+      [](int dtype, const HeadsTensor& q, const HeadsTensor& k, const HeadsTensor& v, uintptr_t out, uintptr_t lse,
+         const AttentionSizes& sizes, const AttentionBounds& bounds, const AttentionScoring& scoring, const AttentionTables& tables,
          int threads, ExtentList extents) {
         py::gil_scoped_release release;
         Attention p;
-        p.dtype = static_cast<DType>(dtype);
-        p.q = at(q), p.k = at(k), p.v = at(v);
-        p.q_strides = strides(q_strides), p.k_strides = strides(k_strides), p.v_strides = strides(v_strides);
+        describe(p, dtype, q, k, v, sizes, bounds, scoring, tables);
         p.out = at(out), p.lse = static_cast<float*>(at(lse));
-        p.batch = batch, p.tokens = tokens, p.heads = heads, p.head_dim = head_dim;
-        p.cu_seqlens = static_cast<const int32_t*>(at(cu_seqlens)), p.segments = segments;
-        p.scale = scale;
         attention_fwd(p, threads, Extents(std::move(extents)));
       },
-      py::arg("dtype"), py::arg("q"), py::arg("k"), py::arg("v"), py::arg("q_strides"), py::arg("k_strides"), py::arg("v_strides"),
-      py::arg("out"), py::arg("lse"), py::arg("batch"), py::arg("tokens"), py::arg("heads"), py::arg("head_dim"), py::arg("cu_seqlens"),
-      py::arg("segments"), py::arg("scale"), py::arg("threads"), kExtents);
+      py::arg("dtype"), py::arg("q"), py::arg("k"), py::arg("v"), py::arg("out"), py::arg("lse"), py::arg("sizes"), py::arg("bounds"),
+      py::arg("scoring"), py::arg("tables"), py::arg("threads"), kExtents);
   m.def(
       "attention_bwd",
-      [](int dtype, uintptr_t grad, uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t out, Strides grad_strides, Strides q_strides,
-         Strides k_strides, Strides v_strides, Strides out_strides, uintptr_t lse, uintptr_t dq, uintptr_t dk, uintptr_t dv, int64_t batch,
-         int64_t tokens, int64_t heads, int64_t head_dim, uintptr_t cu_seqlens, int64_t segments, float scale, int threads,
-         ExtentList extents) {
+      [](int dtype, const HeadsTensor& grad, const HeadsTensor& q, const HeadsTensor& k, const HeadsTensor& v, const HeadsTensor& out,
+         uintptr_t lse, uintptr_t dq, uintptr_t dk, uintptr_t dv, const AttentionSizes& sizes, const AttentionBounds& bounds,
+         const AttentionScoring& scoring, const AttentionTables& tables, int threads, ExtentList extents) {
         py::gil_scoped_release release;
         AttentionBwd p;
-        p.dtype = static_cast<DType>(dtype);
-        p.grad = at(grad), p.q = at(q), p.k = at(k), p.v = at(v), p.out = at(out);
-        p.grad_strides = strides(grad_strides), p.q_strides = strides(q_strides), p.k_strides = strides(k_strides);
-        p.v_strides = strides(v_strides), p.out_strides = strides(out_strides);
+        describe(p, dtype, q, k, v, sizes, bounds, scoring, tables);
+        p.grad = at(grad.first), p.out = at(out.first);
+        p.grad_strides = strides(grad.second), p.out_strides = strides(out.second);
         p.lse = static_cast<const float*>(at(lse));
         p.dq = at(dq), p.dk = at(dk), p.dv = at(dv);
-        p.batch = batch, p.tokens = tokens, p.heads = heads, p.head_dim = head_dim;
-        p.cu_seqlens = static_cast<const int32_t*>(at(cu_seqlens)), p.segments = segments;
-        p.scale = scale;
         attention_bwd(p, threads, Extents(std::move(extents)));
       },
-      py::arg("dtype"), py::arg("grad"), py::arg("q"), py::arg("k"), py::arg("v"), py::arg("out"), py::arg("grad_strides"),
-      py::arg("q_strides"), py::arg("k_strides"), py::arg("v_strides"), py::arg("out_strides"), py::arg("lse"), py::arg("dq"),
-      py::arg("dk"), py::arg("dv"), py::arg("batch"), py::arg("tokens"), py::arg("heads"), py::arg("head_dim"), py::arg("cu_seqlens"),
-      py::arg("segments"), py::arg("scale"), py::arg("threads"), kExtents);
+      py::arg("dtype"), py::arg("grad"), py::arg("q"), py::arg("k"), py::arg("v"), py::arg("out"), py::arg("lse"), py::arg("dq"),
+      py::arg("dk"), py::arg("dv"), py::arg("sizes"), py::arg("bounds"), py::arg("scoring"), py::arg("tables"), py::arg("threads"), kExtents);
   py::class_<PoolProblem>(m, "AttentionPool", py::module_local(),
                           "Addresses and sizes only: the caller keeps the tensors alive")
       .def(py::init<int, const std::vector<PoolProblem::Feature>&, int64_t, int64_t, std::array<int64_t, 2>, std::array<int64_t, 2>, uintptr_t,
@@ -194,6 +215,29 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
       },
       py::arg("dtype"), py::arg("x"), py::arg("x_stride"), py::arg("weight"), py::arg("weight_stride"), py::arg("bias"), py::arg("y"),
       py::arg("rows"), py::arg("inputs"), py::arg("outputs"), py::arg("threads"), kExtents);
+  m.def(
+      "norm_fwd",
+      [](int dtype, bool centred, std::array<int64_t, 4> sizes, Rows x, Rows residual, uintptr_t weight, uintptr_t bias, uintptr_t normed,
+         uintptr_t summed, float eps, float offset, int threads, ExtentList extents) {
+        py::gil_scoped_release release;
+        norm_fwd({static_cast<DType>(dtype), centred, shape(sizes), rows(x), rows(residual), at(weight), at(bias), at(normed), at(summed),
+                  eps, offset},
+                 threads, Extents(std::move(extents)));
+      },
+      py::arg("dtype"), py::arg("centred"), py::arg("sizes"), py::arg("x"), py::arg("residual"), py::arg("weight"), py::arg("bias"),
+      py::arg("normed"), py::arg("summed"), py::arg("eps"), py::arg("offset"), py::arg("threads"), kExtents);
+  m.def(
+      "norm_bwd",
+      [](int dtype, bool centred, std::array<int64_t, 4> sizes, Rows grad, Rows grad_summed, Rows summed, uintptr_t weight, uintptr_t d_x,
+         uintptr_t d_weight, uintptr_t d_bias, float eps, float offset, int threads, ExtentList extents) {
+        py::gil_scoped_release release;
+        norm_bwd({static_cast<DType>(dtype), centred, shape(sizes), rows(grad), rows(grad_summed), rows(summed), at(weight), at(d_x),
+                  at(d_weight), at(d_bias), eps, offset},
+                 threads, Extents(std::move(extents)));
+      },
+      py::arg("dtype"), py::arg("centred"), py::arg("sizes"), py::arg("grad"), py::arg("grad_summed"), py::arg("summed"),
+      py::arg("weight"), py::arg("d_x"), py::arg("d_weight"), py::arg("d_bias"), py::arg("eps"), py::arg("offset"), py::arg("threads"),
+      kExtents);
   m.def(
       "silu_mul_fwd",
       [](int dtype, uintptr_t up, int64_t up_stride, uintptr_t out, int64_t rows, int64_t cols, int threads,

@@ -33,12 +33,15 @@ def turned(q, k, image, rotary, rotary_k, interleaved):
         return q, k
     pairs = []
     for x, (cos, sin) in ((q, rotary), (k, rotary_k)):
+        if len(x) == 0:  # torch makes no complex numbers of nothing
+            pairs.append(x)
+            continue
         half = x.shape[-1] // 2
         angle = torch.complex(cos.double(), sin.double())[..., :half]
         if angle.dim() == 3:
             angle = angle[image]
         grouped = x.unflatten(-1, (half, 2)) if interleaved else x.unflatten(-1, (2, half)).transpose(-1, -2)
-        product = torch.view_as_real(torch.view_as_complex(grouped.contiguous()) * angle[:, None])
+        product = torch.view_as_real(torch.complex(grouped[..., 0], grouped[..., 1]) * angle[:, None])
         pairs.append((product if interleaved else product.transpose(-1, -2)).flatten(-2))
     return pairs
 

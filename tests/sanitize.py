@@ -15,10 +15,11 @@ from pathlib import Path
 
 TESTS = (
     "ops",
-    *(f"test_{name}.py" for name in ("native", "native_extremes", "native_memory", "native_properties")),
+    "test_native.py",
+    *(f"test_native_{name}.py" for name in ("extremes", "memory", "norms", "properties")),
 )
 # what emulated tiles compute
-TILES = ("ops/attention", "test_native_extremes.py", "test_native_properties.py")
+TILES = ("ops/attention", "ops/attention_pool", "test_native_extremes.py", "test_native_properties.py")
 # compilers and child processes would run with the preloaded runtime, and without the sanitized extension
 LEFT_OUT = " and ".join(
     f"not {name}" for name in ("compile", "by_force", "isa_that", "opcheck", "change_after", "forked", "for_it")

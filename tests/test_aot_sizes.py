@@ -17,6 +17,7 @@ from vlmkern.kernels.attention_pool import backward as attention_pool_bwd
 from vlmkern.kernels.attention_pool import forward as pool
 from vlmkern.kernels.attention_pool.windows import Windows
 from vlmkern.kernels.linear import epilogue
+from vlmkern.kernels.rms_norm import norm as rms_norm
 from vlmkern.kernels.swiglu_mlp import gate as swiglu_mlp
 
 DTYPES = (torch.bfloat16, torch.float32)
@@ -90,6 +91,9 @@ def test_rows(compiled, rows, cols, dtype):
     epilogue.activation_bwd_(x, x, one, "silu")
     add_layer_norm.add_layer_norm_fwd(x, x, one, None, 1e-6)
     add_layer_norm.add_layer_norm_bwd(x, None, x, one, 1e-6, True)
+    for strided in (x, empty(2, rows, 3, 5, cols, dtype=dtype)[:, :, 1].transpose(1, 2)):
+        rms_norm.rms_norm_fwd(strided, one, strided, 1e-6, 1.0)
+        rms_norm.rms_norm_bwd(strided, None, strided, one, 1e-6, 1.0, True)
 
 
 @pytest.mark.parametrize("rows, channels, features", [(64, 8, 1), (65, 16, 9), (64, 1, 8), (100, 24, 16)])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-import torch.nn.functional as F
 from test_backends import run_python
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -121,9 +120,33 @@ def test_gradients_count():
 
 
 def test_causal_attention_counts_half_the_square():
-    q, k = torch.randn(1, 4, 10, 8), torch.randn(1, 2, 10, 8)
-    half = c.count(lambda: F.scaled_dot_product_attention(q, k, k, is_causal=True, enable_gqa=True))
-    assert half == 2 * 10 * 10 * 4 * 8
+    q, k = torch.randn(1, 10, 4, 8), torch.randn(1, 10, 2, 8)
+    assert c.count(lambda: ops.attention(q, k, k, causal=True)) == 2 * 10 * 10 * 4 * 8
+    # one query sees all keys, and more than keys stand before them
+    assert c.count(lambda: ops.attention(q[:, :1], k, k, causal=True)) == 4 * 10 * 4 * 8
+    assert c.count(lambda: ops.attention(q, k[:, :2], k[:, :2], causal=True)) == 4 * 3 * 4 * 8
+
+
+def test_attention_counts_the_keys_that_are_seen():
+    c.register_formulas()
+    q, k = torch.randn(2, 10, 4, 8), torch.randn(2, 15, 2, 8)
+    place = torch.arange(5, 15)[:, None]
+    key = torch.arange(15)
+    cases = {
+        (-1, -1): key >= 0,
+        (-1, 0): key <= place,
+        (3, 0): (key <= place) & (key >= place - 3),
+        (2, 1): (key <= place + 1) & (key >= place - 2),
+    }
+    for window, seen in cases.items():
+        with FlopCounterMode(display=False) as counter:
+            ops.attention(q, k, k, window=window)
+        assert counter.get_total_flops() == 2 * 4 * 4 * 8 * int(seen.expand(10, 15).sum())
+    bounds, bounds_k = torch.tensor([0, 4, 10]).int(), torch.tensor([0, 6, 15]).int()
+    packed = {"cu_seqlens": bounds, "max_seqlen": 6, "cu_seqlens_k": bounds_k, "max_seqlen_k": 9}
+    with FlopCounterMode(display=False) as counter:
+        ops.attention(q[0], k[0], k[0], causal=True, **packed)
+    assert counter.get_total_flops() == 4 * 4 * 8 * (3 + 4 + 5 + 6 + 4 + 5 + 6 + 7 + 8 + 9)
 
 
 def test_importing_vlmkern_registers_nothing():

@@ -40,6 +40,8 @@ CASES = {
     "linear_residual": lambda: gpu_cases.linear(40, 144, "none", torch.bfloat16),
     # in bfloat16 torch sums the gradient by the bias in bfloat16 on CPUs
     "add_layer_norm": lambda: gpu_cases.add_layer_norm(torch.float32),
+    "rms_norm": lambda: gpu_cases.rms_norm(torch.bfloat16),
+    "rms_norm_of_heads": lambda: gpu_cases.rms_norm_of_heads(8, torch.bfloat16),
 }
 
 

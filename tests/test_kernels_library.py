@@ -13,7 +13,7 @@ from vlmkern.integrations.kernels import variant_name, write_repository
 os.environ["HF_HUB_OFFLINE"] = "1"
 kernels = pytest.importorskip("kernels")
 
-LAYERS = [layers.SelfAttention, layers.GeluTanhMLP, layers.SwiGLUMLP]
+LAYERS = [layers.SelfAttention, layers.GeluTanhMLP, layers.SwiGLUMLP, layers.RMSNorm]
 
 
 @pytest.fixture(scope="module")
@@ -110,6 +110,15 @@ def test_gelu_layer():
     host, x = Host(), torch.randn(3, 6)
     expected = host.fc2(nn.functional.gelu(host.fc1(x), approximate="tanh"))
     torch.testing.assert_close(layers.GeluTanhMLP.forward(host, x), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_rms_norm_layer():
+    """With the parameters of transformers' own modules, under the names that these have there."""
+    qwen3 = pytest.importorskip("transformers.models.qwen3.modeling_qwen3")
+    host = qwen3.Qwen3RMSNorm(24, eps=1e-3)
+    nn.init.normal_(host.weight)
+    for x in (torch.randn(3, 24), torch.randn(2, 5, 3, 4, 24)[:, :, 1]):
+        torch.testing.assert_close(layers.RMSNorm.forward(host, x), host(x), rtol=1e-5, atol=1e-6)
 
 
 def test_no_import_names_the_package(repository):

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from native_calls import raw_attention, raw_attention_bwd
 from test_backends import run_python
 
 import vlmkern
@@ -187,55 +188,60 @@ def test_refuses_arguments_that_describe_no_memory(arguments, message):
         vlmkern.dispatch.extension.extension().silu_mul_fwd(*arguments)
 
 
-S = (2 * 24, 24, 8)  # strides of a dense [1, 2, 3, 8]
+TABLES = [(64, 0, 4)] * 4
+REFUSED = [
+    ({"dtype": 5}, "dtype"),
+    ({"sizes": (1, -2, 2, 3, 3, 8)}, "negative"),
+    ({"sizes": (1, 2, -2, 3, 3, 8)}, "negative"),
+    ({"sizes": (1, 2, 2, 3, 3, 0)}, "head_dim at least 1"),
+    ({"sizes": (2**40, 2**40, 2, 3, 3, 8)}, "too large"),
+    ({"sizes": (2**40, 2, 2**40, 3, 3, 8)}, "too large"),
+    ({"sizes": (1, 2, 2, 3, 2, 8)}, "heads: expected a multiple"),
+    ({"sizes": (1, 2, 2, 3, 0, 8)}, "heads: expected a multiple"),
+    ({"sizes": (1, 2, 2, 3, 3, 7), "tables": (TABLES, False)}, "rotary: expected an even head_dim"),
+    ({"k": (64, (48, -24, 8))}, "k: got a stride of -24"),
+    ({"v": (64, (48, 2**60, 8))}, "v: got a stride"),
+    ({"scoring": (1.0, -1.0, -1, -1)}, "softcap"),
+    ({"scoring": (1.0, float("nan"), -1, -1)}, "softcap"),
+    ({"tables": (TABLES[:3], False)}, "rotary: expected four tables"),
+    ({"tables": ([*TABLES[:3], (0, 0, 4)], False)}, "rotary: got no table"),
+    ({"tables": ([*TABLES[:2], (64, 0, -4), TABLES[3]], False)}, "cos_k: got a stride of -4"),
+]
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ((5, 64, 64, 64, S, S, S, 64, 64, 1, 2, 3, 8, 0, 0, 1.0, 1), "dtype"),
-        ((0, 64, 64, 64, S, S, S, 64, 64, 1, -2, 3, 8, 0, 0, 1.0, 1), "negative"),
-        ((0, 64, 64, 64, S, S, S, 64, 64, 1, 2, 3, 0, 0, 0, 1.0, 1), "head_dim at least 1"),
-        ((0, 64, 64, 64, S, S, S, 64, 64, 2**40, 2**40, 3, 8, 0, 0, 1.0, 1), "too large"),
-        ((0, 64, 64, 64, S, (48, -24, 8), S, 64, 64, 1, 2, 3, 8, 0, 0, 1.0, 1), "k: got a stride of -24"),
-        ((0, 64, 64, 64, S, S, (48, 2**60, 8), 64, 64, 1, 2, 3, 8, 0, 0, 1.0, 1), "v: got a stride"),
-        ((0, 64, 0, 64, S, S, S, 64, 64, 1, 2, 3, 8, 0, 0, 1.0, 1), "null pointer"),
-    ],
+    ("changes", "message"),
+    [*REFUSED, *(({name: (0, (48, 24, 8))}, "null pointer") for name in "qkv"), ({"out": 0}, "null pointer")],
 )
-def test_attention_refuses_arguments_that_describe_no_memory(arguments, message):
+def test_attention_refuses_arguments_that_describe_no_memory(changes, message):
     with pytest.raises(ValueError, match=message):
-        vlmkern.dispatch.extension.extension().attention_fwd(*arguments)
+        vlmkern.dispatch.extension.extension().attention_fwd(**raw_attention(**changes))
 
 
 @pytest.mark.parametrize("bounds", [[0, 3], [1, 2], [0, 5, 2], [0, -1, 2]])
-def test_attention_refuses_bounds_outside_the_tokens(bounds):
-    cu_seqlens = torch.tensor(bounds, dtype=torch.int32)
-    sizes = (1, 2, 3, 8, cu_seqlens.data_ptr(), len(bounds) - 1, 1.0, 1)
+@pytest.mark.parametrize("of_keys", [False, True])
+def test_attention_refuses_bounds_outside_the_tokens(bounds, of_keys):
+    right, wrong = torch.tensor([0, *[2] * (len(bounds) - 1)]).int(), torch.tensor(bounds).int()
+    given = (right.data_ptr(), wrong.data_ptr()) if of_keys else (wrong.data_ptr(), 0)
     with pytest.raises(ValueError, match="cu_seqlens"):
-        vlmkern.dispatch.extension.extension().attention_fwd(0, 64, 64, 64, S, S, S, 64, 64, *sizes)
+        vlmkern.dispatch.extension.extension().attention_fwd(**raw_attention(bounds=(*given, len(bounds) - 1)))
     with pytest.raises(ValueError, match="cu_seqlens"):
-        vlmkern.dispatch.extension.extension().attention_bwd(0, *[64] * 5, *[S] * 5, *[64] * 4, *sizes)
+        vlmkern.dispatch.extension.extension().attention_bwd(**raw_attention_bwd(bounds=(*given, len(bounds) - 1)))
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({0: 5}, "dtype"),
-        ({6: (48, -24, 8)}, "grad: got a stride of -24"),
-        ({8: (48, 2**60, 8)}, "k: got a stride"),
-        ({10: (48, 24, -8)}, "out: got a stride of -8"),
-        ({16: -2}, "negative"),
-        ({16: 2**40, 17: 2**40}, "too large"),
-        ({18: 0}, "head_dim at least 1"),
-        *(({pointer: 0}, "null pointer") for pointer in (*range(1, 6), *range(11, 15))),
+        *REFUSED,
+        ({"grad": (64, (48, -24, 8))}, "grad: got a stride of -24"),
+        ({"out": (64, (48, 24, -8))}, "out: got a stride of -8"),
+        *(({name: (0, (48, 24, 8))}, "null pointer") for name in ("grad", "q", "k", "v", "out")),
+        *(({name: 0}, "null pointer") for name in ("lse", "dq", "dk", "dv")),
     ],
 )
 def test_attention_bwd_refuses_arguments_that_describe_no_memory(changes, message):
-    arguments = [0, *[64] * 5, *[S] * 5, *[64] * 4, 1, 2, 3, 8, 0, 0, 1.0, 1]
-    for index, value in changes.items():
-        arguments[index] = value
     with pytest.raises(ValueError, match=message):
-        vlmkern.dispatch.extension.extension().attention_bwd(*arguments)
+        vlmkern.dispatch.extension.extension().attention_bwd(**raw_attention_bwd(**changes))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -248,18 +254,17 @@ def test_attention_bwd_writes_only_its_outputs(dtype, tokens, dim):
     out, lse = attention(q, k, v, 1.0, None, None)
     buffer = torch.full((3, q.numel() + 64), torch.nan, dtype=dtype)
     grads = [row[32:-32].data_ptr() for row in buffer]
-    inputs = (grad, q, k, v, out)
+    tensors = {
+        name: (t.data_ptr(), t.stride()[:3]) for name, t in {"grad": grad, "q": q, "k": k, "v": v, "out": out}.items()
+    }
     vlmkern.dispatch.extension.extension().attention_bwd(
-        vlmkern.dispatch.extension.dtype_code(dtype),
-        *(t.data_ptr() for t in inputs),
-        *(t.stride()[:3] for t in inputs),
-        lse.data_ptr(),
-        *grads,
-        *q.shape,
-        0,
-        0,
-        1.0,
-        1,
+        **raw_attention_bwd(
+            dtype=vlmkern.dispatch.extension.dtype_code(dtype),
+            **tensors,
+            lse=lse.data_ptr(),
+            **dict(zip(("dq", "dk", "dv"), grads, strict=True)),
+            sizes=(1, tokens, tokens, 3, 3, dim),
+        )
     )
     assert buffer[:, :32].isnan().all() and buffer[:, -32:].isnan().all() and buffer[:, 32:-32].isfinite().all()
 

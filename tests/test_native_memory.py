@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from native_calls import raw_attention, raw_attention_bwd
 from test_backends import run_python
 
 import vlmkern
@@ -16,14 +17,32 @@ def calls():
     """name -> (call(extents, threads), its tensors by name), each with memory of exactly the size that is needed."""
     from vlmkern import _C
 
-    q, k, v, grad, out, dq, dk, dv = torch.randn(8, 1, 20, 2, 8).unbind(0)
-    q, k, v, grad, out, dq, dk, dv = (t.clone() for t in (q, k, v, grad, out, dq, dk, dv))
-    strides, lse = q.stride()[:3], torch.zeros(2, 20)
-    bounds = torch.tensor([0, 7, 20], dtype=torch.int32)
-    sizes = (1, 20, 2, 8, bounds.data_ptr(), 2, 1.0)
+    q, grad, out, dq = (torch.randn(1, 20, 2, 8) for _ in range(4))
+    k, v, dk, dv = (torch.randn(1, 30, 1, 8) for _ in range(4))
+    lse, tables = torch.zeros(2, 20), [torch.randn(n, 4) for n in (20, 20, 30, 30)]
+    bounds, bounds_k = (torch.tensor(b).int() for b in ([0, 7, 20], [0, 9, 30]))
+    of_keys = {"cu_seqlens": bounds, "cu_seqlens_k": bounds_k} | dict(
+        zip(("cos", "sin", "cos_k", "sin_k"), tables, strict=True)
+    )
+
+    def asked(threads, extents):
+        return {
+            "sizes": (1, 20, 30, 2, 1, 8),
+            "bounds": (bounds.data_ptr(), bounds_k.data_ptr(), 2),
+            "scoring": (1.0, 2.0, -1, 0),
+            "tables": ([(t.data_ptr(), 0, 4) for t in tables], False),
+            "threads": threads,
+            "extents": extents,
+        }
+
+    def heads(**tensors):
+        return {name: (t.data_ptr(), t.stride()[:3]) for name, t in tensors.items()}
 
     x, weight, bias, y = torch.randn(2, 12), torch.randn(5, 12), torch.randn(5), torch.randn(2, 5)
     up, hidden, d_hidden, d_up = torch.randn(3, 26), torch.randn(3, 13), torch.randn(3, 13), torch.randn(3, 26)
+
+    rows, others, normed, summed, d_rows = (torch.randn(3, 2, 9) for _ in range(5))
+    scale, shift, d_scale, d_shift = (torch.randn(9) for _ in range(4))
 
     first, second = torch.randn(2, 15, 6), torch.randn(2, 15, 6)
     pad, pad_embed = torch.zeros(2, 15, dtype=torch.uint8), torch.randn(2, 12)
@@ -42,21 +61,45 @@ def calls():
     def at(*tensors):
         return [t.data_ptr() for t in tensors]
 
+    def in_rows(*tensors):
+        return [(t.data_ptr(), (0, 18, 9)) for t in tensors]
+
     return {
         "attention_fwd": (
-            lambda e, n: _C.attention_fwd(0, *at(q, k, v), *[strides] * 3, *at(out, lse), *sizes, n, e),
-            {"q": q, "k": k, "v": v, "out": out, "lse": lse, "cu_seqlens": bounds},
+            lambda e, n: _C.attention_fwd(
+                0, **heads(q=q, k=k, v=v), out=out.data_ptr(), lse=lse.data_ptr(), **asked(n, e)
+            ),
+            {"q": q, "k": k, "v": v, "out": out, "lse": lse, **of_keys},
         ),
         "attention_bwd": (
             lambda e, n: _C.attention_bwd(
-                0, *at(grad, q, k, v, out), *[strides] * 5, *at(lse, dq, dk, dv), *sizes, n, e
+                0,
+                **heads(grad=grad, q=q, k=k, v=v, out=out),
+                lse=lse.data_ptr(),
+                dq=dq.data_ptr(),
+                dk=dk.data_ptr(),
+                dv=dv.data_ptr(),
+                **asked(n, e),
             ),
-            {"grad": grad, "q": q, "k": k, "v": v, "out": out, "lse": lse, "dq": dq, "dk": dk, "dv": dv}
-            | {"cu_seqlens": bounds},
+            {"grad": grad, "q": q, "k": k, "v": v, "out": out, "lse": lse, "dq": dq, "dk": dk, "dv": dv, **of_keys},
         ),
         "linear_few_rows": (
             lambda e, n: _C.linear_few_rows(0, x.data_ptr(), 12, weight.data_ptr(), 12, *at(bias, y), 2, 12, 5, n, e),
             {"x": x, "weight": weight, "bias": bias, "y": y},
+        ),
+        "norm_fwd": (
+            lambda e, n: _C.norm_fwd(
+                0, True, (1, 3, 2, 9), *in_rows(rows, others), *at(scale, shift, normed, summed), 1e-6, 0.0, n, e
+            ),
+            {"x": rows, "residual": others, "weight": scale, "bias": shift, "normed": normed, "summed": summed},
+        ),
+        "norm_bwd": (
+            lambda e, n: _C.norm_bwd(
+                *(0, True, (1, 3, 2, 9), *in_rows(normed, others, rows)),
+                *(*at(scale, d_rows, d_scale, d_shift), 1e-6, 0.0, n, e),
+            ),
+            {"grad": normed, "grad_summed": others, "summed": rows, "weight": scale}
+            | {"d_x": d_rows, "d_weight": d_scale, "d_bias": d_shift},
         ),
         "silu_mul_fwd": (
             lambda e, n: _C.silu_mul_fwd(0, up.data_ptr(), 26, hidden.data_ptr(), 3, 13, n, e),
@@ -86,6 +129,8 @@ NAMES = (
     "attention_fwd",
     "attention_bwd",
     "linear_few_rows",
+    "norm_fwd",
+    "norm_bwd",
     "silu_mul_fwd",
     "silu_mul_bwd",
     "pool",
@@ -136,8 +181,8 @@ def test_tensors_shorter_than_the_first():
     from native_calls import attention, attention_bwd, attention_pool
 
     q, short = torch.randn(1, 40, 2, 8), torch.randn(1, 30, 2, 8)
-    with pytest.raises(ValueError, match="k: got memory of 480 elements, expected 640"):
-        attention(q, short, q, 1.0, None, None)
+    with pytest.raises(ValueError, match="v: got memory of 480 elements, expected 640"):
+        attention(q, q, short, 1.0, None, None)
     with pytest.raises(ValueError, match="v: got memory of"):
         attention(q, q, torch.randn(1, 40, 2, 7), 1.0, None, None)
     with pytest.raises(ValueError, match="lse: got memory of"):
@@ -152,11 +197,12 @@ def test_scratch_beyond_all_memory(tokens, heads, head_dim):
     """Sizes that strides of zero make possible, whose packed keys and values no address space holds."""
     from vlmkern import _C
 
-    sizes = (1, tokens, heads, head_dim, 0, 0, 1.0, 2**31 - 1)
+    still = (64, (0, 0, 0))
+    sizes = {"sizes": (1, tokens, tokens, heads, heads, head_dim), "threads": 2**31 - 1}
     with pytest.raises(MemoryError):
-        _C.attention_fwd(0, *[64] * 3, *[(0, 0, 0)] * 3, *[64] * 2, *sizes)
+        _C.attention_fwd(**raw_attention(**dict.fromkeys("qkv", still), **sizes))
     with pytest.raises(MemoryError):
-        _C.attention_bwd(0, *[64] * 5, *[(0, 0, 0)] * 5, *[64] * 4, *sizes)
+        _C.attention_bwd(**raw_attention_bwd(**dict.fromkeys(("grad", "q", "k", "v", "out"), still), **sizes))
 
 
 @pytest.mark.parametrize(
@@ -180,8 +226,9 @@ def test_strides_of_single_entries_are_never_followed():
 
     q, expected, out, lse = torch.randn(3, 1, 1, 1, 8), torch.empty(8), torch.empty(8), torch.empty(1)
     for strides, result in (((8, 8, 8), expected), ((2**62, -(2**62), 2**63 - 1), out)):
-        at = [t.data_ptr() for t in q]
-        _C.attention_fwd(0, *at, *[strides] * 3, result.data_ptr(), lse.data_ptr(), 1, 1, 1, 8, 0, 0, 1.0, 1)
+        tensors = {name: (t.data_ptr(), strides) for name, t in zip("qkv", q, strict=True)}
+        places = {"out": result.data_ptr(), "lse": lse.data_ptr()}
+        _C.attention_fwd(**raw_attention(**tensors, **places, sizes=(1, 1, 1, 1, 1, 8)))
     assert torch.equal(out, expected) and torch.equal(out, q[2].flatten())
     x, weight, y = torch.randn(8), torch.randn(8), torch.zeros(1)
     _C.linear_few_rows(0, x.data_ptr(), -(2**62), weight.data_ptr(), 2**62, 0, y.data_ptr(), 1, 8, 1, 1)
@@ -231,6 +278,7 @@ def test_tensors_at_odd_addresses(dtype):
 CHANGING = """
 import threading
 import torch
+from native_calls import raw_attention
 from vlmkern import _C
 
 stop = threading.Event()
@@ -262,10 +310,10 @@ def run(values, good, bad, call):
 
 q = torch.randn(1, 256, 2, 16)
 out, lse, bounds = torch.empty(256, 2, 16), torch.empty(2, 256), torch.tensor([0, 3, 256], dtype=torch.int32)
-at, strides = q.data_ptr(), q.stride()[:3]
-sizes = (1, 256, 2, 16, bounds.data_ptr(), 2, 1.0, 1)
-run(bounds.numpy(), 3, 2**31 - 1, lambda: _C.attention_fwd(
-    0, at, at, at, strides, strides, strides, out.data_ptr(), lse.data_ptr(), *sizes))
+tensors = dict.fromkeys("qkv", (q.data_ptr(), q.stride()[:3]))
+given = raw_attention(**tensors, out=out.data_ptr(), lse=lse.data_ptr(), sizes=(1, 256, 256, 2, 2, 16),
+                      bounds=(bounds.data_ptr(), 0, 2))
+run(bounds.numpy(), 3, 2**31 - 1, lambda: _C.attention_fwd(**given))
 
 x, mean, keep = torch.randn(1, 1024, 64), torch.empty(4096, 64), torch.arange(4096) % 256
 pad = torch.zeros(1024, dtype=torch.uint8)

@@ -25,6 +25,7 @@ from vlmkern.kernels.attention_pool import backward as attention_pool_bwd
 from vlmkern.kernels.attention_pool import forward as pool
 from vlmkern.kernels.attention_pool.windows import Windows
 from vlmkern.kernels.linear import epilogue
+from vlmkern.kernels.rms_norm import norm as rms_norm
 from vlmkern.kernels.swiglu_mlp import gate as swiglu_mlp
 
 DTYPES = (torch.bfloat16, torch.float32)
@@ -247,6 +248,23 @@ def test_add_layer_norm(dtype):
                 lambda x=x: add_layer_norm.add_layer_norm_bwd(x[:1].expand_as(x), x, x, weight, 1e-6, True),
             ]
     assert compilations(calls, dtype) == once("add_layer_norm_fwd_kernel", "add_layer_norm_bwd_kernel")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rms_norm(dtype):
+    """Once for rows of one stride, and once for heads of as many sizes as their rows are counted through."""
+    calls, weight = [], empty(128, dtype=dtype)
+    for rows in COUNTS:
+        for heads in (2, 16, 32):
+            q, _, _ = empty(2, rows, 3, heads, 128, dtype=dtype).unbind(2)
+            for x in (q, q.transpose(1, 2), empty(rows, 136, dtype=dtype)[:, :128]):
+                dense = empty(*x.shape, dtype=dtype)
+                calls += [
+                    lambda x=x: rms_norm.rms_norm_fwd(x, weight, None, 1e-6, 0.0),
+                    lambda x=x, dense=dense: rms_norm.rms_norm_bwd(dense, None, x, weight, 1e-6, 1.0, True),
+                ]
+    found = compilations(calls, dtype)
+    assert set(found) == {"rms_norm_fwd_kernel", "rms_norm_bwd_kernel"} and max(found.values()) <= 3
 
 
 def test_widths_are_compiled_for():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import records
@@ -74,7 +75,7 @@ def test_tables():
         "A": {("s", "x_1", "float32"): {"x_best": 1.234, "ms": 1234.5, "best": "eager", "date": "d"}},
         "B": {("s", "x_1", "bfloat16"): {"x_best": 2.0, "ms": None, "date": "d", "x_openvino": 1.1}},
     }
-    lines = records.side_by_side(found).splitlines()
+    lines = records.side_by_side(found, records._cases(found)).splitlines()
     assert (
         lines[0] == "| case | A: bf16 | A: fp32 | B: bf16 | B: fp32 |" and lines[2] == "| s, x 1 |  | 1.23 | 2.00 |  |"
     )
@@ -82,9 +83,17 @@ def test_tables():
 
 
 def test_the_documents_tables_are_those_of_the_files():
-    page = (records.ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
-    for text in records.tables().values():
+    pages = {path: (records.ROOT / path).read_text(encoding="utf-8") for path in ("README.md", "docs/performance.md")}
+    for name, text in records.tables().items():
+        page = pages["README.md" if name == "speed highlights" else "docs/performance.md"]
         assert text in page, "python bench/records.py tables"
+
+
+def test_the_readmes_rows_are_benchmarks():
+    measured = {case for rows in records.latest().values() for case in ((suite, shape) for suite, shape, _ in rows)}
+    groups = set((Path(__file__).parent / "data" / "bench_ids.txt").read_text(encoding="utf-8").split())
+    for suite, shape in records.HIGHLIGHTS.values():
+        assert (suite, shape) in measured or any(shape in name for name in groups)
 
 
 def test_marks_that_are_missing_are_named(tmp_path):

@@ -329,15 +329,6 @@ def test_registered_attention():
     assert calls.names.count("attention") >= 2
     torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-5)
 
-    model, inputs = qwen3()
-    before = outputs(model, inputs)
-    model.set_attn_implementation("vlmkern")
-    with pytest.warns(UserWarning, match="Qwen3Attention runs on sdpa, as it is causal") as caught:
-        after = outputs(model, inputs)
-        outputs(model, inputs)
-    assert len([w for w in caught if "vlmkern" in str(w.message)]) == 1
-    assert torch.equal(after, before)
-
 
 def test_registered_attention_in_a_vision_language_model():
     register()

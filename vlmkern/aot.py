@@ -32,6 +32,7 @@ MODULES = (
     "swiglu_mlp.gate",
     "linear.epilogue",
     "add_layer_norm.norm",
+    "rms_norm.norm",
 )
 
 # a streaming multiprocessor's shared memory in KiB, of which 1 goes to the system for every block

@@ -12,6 +12,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from . import ops
 from .nn import functional
 
 
@@ -66,3 +67,17 @@ class SwiGLUMLP(nn.Module):
         return functional.swiglu(
             x, *((layer.weight, layer.bias) for layer in (self.gate_proj, self.up_proj, self.down_proj))
         )
+
+
+class RMSNorm(nn.Module):
+    """RMSNorm of language models, and of their queries and keys: Llama, Qwen; not of Gemma, whose weights lack 1.
+
+    Of its module: `weight` [C] and `variance_epsilon`. Rounds once, behind the weight, where those round before it too.
+    """
+
+    has_backward = True
+    can_torch_compile = True
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """[..., C] -> [..., C]."""
+        return ops.rms_norm(hidden_states, self.weight, eps=self.variance_epsilon)

@@ -27,7 +27,9 @@ VLMKERN_ISA_HAS(avx512_bf16, VLMKERN_KERNELS)
 
 #define VLMKERN_WITH_TILES(X)                 \
   X(AttentionFwdKernel, attention_fwd_kernel) \
-  X(AttentionBwdKernel, attention_bwd_kernel)
+  X(AttentionBwdKernel, attention_bwd_kernel) \
+  X(PoolHeadsKernel, pool_heads_kernel)       \
+  X(PoolSlotsBwdKernel, pool_slots_bwd_kernel)
 #if VLMKERN_HAVE_AMX
 VLMKERN_ISA_HAS(amx, VLMKERN_WITH_TILES)
 #endif

@@ -6,6 +6,7 @@
 #include "cpu/attention/attention.h"
 #include "cpu/attention_pool/attention_pool.h"
 #include "cpu/linear/linear.h"
+#include "cpu/norms/norms.h"
 #include "cpu/swiglu_mlp/swiglu_mlp.h"
 
 namespace vlmkern {
@@ -19,6 +20,8 @@ namespace vlmkern {
   X(PoolSlotsKernel, pool_slots_kernel)          \
   X(PoolSlotsBwdKernel, pool_slots_bwd_kernel)   \
   X(FewRowsLinearKernel, few_rows_linear_kernel) \
+  X(NormFwdKernel, norm_fwd_kernel)              \
+  X(NormBwdKernel, norm_bwd_kernel)              \
   X(SiluMulKernel, silu_mul_kernel)
 
 struct Kernels {

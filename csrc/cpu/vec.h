@@ -50,6 +50,9 @@ inline Vec scale_by_floor(Vec a, Vec n) { return {_mm512_scalef_ps(a.v, n.v)}; }
 inline Vec select_equal(Vec a, Vec b, Vec then, Vec otherwise) {
   return {_mm512_mask_mov_ps(otherwise.v, _mm512_cmp_ps_mask(a.v, b.v, _CMP_EQ_OQ), then.v)};
 }
+inline Vec select_less(Vec a, Vec b, Vec then, Vec otherwise) {
+  return {_mm512_mask_mov_ps(otherwise.v, _mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ), then.v)};
+}
 inline Vec flip(Vec a, uint32_t bits) {
   return {_mm512_castsi512_ps(_mm512_xor_si512(_mm512_castps_si512(a.v), _mm512_set1_epi32(int(bits))))};
 }
@@ -99,6 +102,9 @@ inline Vec fraction(Vec a) { return a - floor(a); }
 inline Vec scale_by_floor(Vec a, Vec n) { return scale_by_power(a, floor(n)); }
 inline Vec select_equal(Vec a, Vec b, Vec then, Vec otherwise) {
   return {_mm256_blendv_ps(otherwise.v, then.v, _mm256_cmp_ps(a.v, b.v, _CMP_EQ_OQ))};
+}
+inline Vec select_less(Vec a, Vec b, Vec then, Vec otherwise) {
+  return {_mm256_blendv_ps(otherwise.v, then.v, _mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ))};
 }
 inline Vec flip(Vec a, uint32_t bits) { return {_mm256_xor_ps(a.v, _mm256_castsi256_ps(_mm256_set1_epi32(int(bits))))}; }
 
@@ -171,6 +177,7 @@ inline Vec floor(Vec a) { VLMKERN_LANES(__builtin_floorf(a.v[i])); }
 inline Vec fraction(Vec a) { return a - floor(a); }
 inline Vec scale_by_floor(Vec a, Vec n) { return scale_by_power(a, floor(n)); }
 inline Vec select_equal(Vec a, Vec b, Vec then, Vec otherwise) { VLMKERN_LANES(a.v[i] == b.v[i] ? then.v[i] : otherwise.v[i]); }
+inline Vec select_less(Vec a, Vec b, Vec then, Vec otherwise) { VLMKERN_LANES(a.v[i] < b.v[i] ? then.v[i] : otherwise.v[i]); }
 inline Vec flip(Vec a, uint32_t bits) { VLMKERN_LANES(float_of(bits_of(a.v[i]) ^ bits)); }
 
 inline float widen(float x) { return x; }
@@ -283,6 +290,18 @@ inline Vec exp2_nonpositive(Vec x) {
   return scale_by_floor(fma(p, r, set1(1.0f)), x);
 }
 
+// tanh, within a few units in the last place: by 2^x, and near 0, where that cancels, by its series up to x^9.
+inline Vec tanh(Vec x) {
+  const Vec size = max(x, set1(0.0f) - x), t = exp2_nonpositive<6>(size * set1(-2 * 1.44269504088896341f));
+  const Vec far = (set1(1.0f) - t) / (set1(1.0f) + t), square = x * x;
+  Vec p = set1(62.0f / 2835);
+  p = fma(p, square, set1(-17.0f / 315));
+  p = fma(p, square, set1(2.0f / 15));
+  p = fma(p, square, set1(-1.0f / 3));
+  p = fma(p, square, set1(1.0f));
+  return select_less(size, set1(0.3f), x * p, select_less(x, set1(0.0f), set1(0.0f) - far, far));
+}
+
 // rows[i] becomes column i of the square that rows held
 inline void transpose(Vec (&rows)[Vec::width]) {
 #if defined(__AVX512F__)
@@ -317,11 +336,22 @@ inline void transpose(Vec (&rows)[Vec::width]) {
 
 // The lanes' sum, in the same order whatever came before.
 inline float horizontal_sum(Vec a) {
+#if defined(__AVX2__)
+#if defined(__AVX512F__)
+  const __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(a.v), _mm512_extractf32x8_ps(a.v, 1));
+#else
+  const __m256 eight = a.v;
+#endif
+  const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+  const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+#else
   float lanes[Vec::width];
   store(lanes, a);
   for (int half = Vec::width / 2; half > 0; half /= 2)
     for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
   return lanes[0];
+#endif
 }
 
 template <typename T>

@@ -1,7 +1,7 @@
 """A residual sum and the layer norm of it in one pass, and its gradient. Ba, Kiros and Hinton (2016).
 
-A row is read once and kept in registers in two parts, LO + HI columns, each a power of two: 1152 = 1024 + 128 leaves no
-lane idle where 2048 would leave 44 %. Mean and variance are those of two passes over the registers.
+A row is read once and kept in registers, in two parts (`blocks.parts`). Mean and variance are those of two passes over
+the registers.
 """
 
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .._interpreter import patch_interpreter
 from .._launch import Config, Kernel, launch, select
-from ..blocks import operands
+from ..blocks import parts
 from ..blocks.strides import in_elements, in_units
 
 patch_interpreter()
@@ -27,60 +27,16 @@ _ROWS = 13 * 729
 
 
 @triton.jit
-def _load(rows, o_row, PART: tl.constexpr, COLS: tl.constexpr, LO: tl.constexpr, HI: tl.constexpr):
-    """The LO columns, or of PART 1 the HI ones, of the rows o_row, [BM, 1], in float32; zeros beyond the last row and
-    column."""
-    o_col = LO * PART + tl.arange(0, HI if PART else LO)[None, :]
-    mask = o_row < rows.count
-    if PART == 1 and LO + HI > COLS:
-        mask = mask & (o_col < COLS)
-    return tl.load(rows.first + o_row * rows.stride + o_col, mask=mask, other=0).to(tl.float32)
-
-
-@triton.jit
-def _load_parameter(p_x, PART: tl.constexpr, COLS: tl.constexpr, LO: tl.constexpr, HI: tl.constexpr):
-    """The same of a vector, as one row."""
-    return _load(operands.Rows(p_x, 0, 1), tl.zeros([1, 1], tl.int32), PART, COLS, LO, HI)
-
-
-@triton.jit
-def _store(rows, o_row, b_rows, PART: tl.constexpr, COLS: tl.constexpr, LO: tl.constexpr, HI: tl.constexpr):
-    """The reverse of `_load`, converting to the tensor's dtype."""
-    o_col = LO * PART + tl.arange(0, HI if PART else LO)[None, :]
-    mask = o_row < rows.count
-    if PART == 1 and LO + HI > COLS:
-        mask = mask & (o_col < COLS)
-    tl.store(rows.first + o_row * rows.stride + o_col, b_rows.to(rows.first.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _sum(b_rows):
-    """Of each row, [BM, 1]."""
-    b_sum = tl.sum(b_rows[0], 1)[:, None]
-    for i in tl.static_range(1, len(b_rows)):
-        b_sum += tl.sum(b_rows[i], 1)[:, None]
-    return b_sum
-
-
-@triton.jit
-def _product(b_x, b_y):
-    b_product = ()
-    for i in tl.static_range(len(b_x)):
-        b_product += (b_x[i] * b_y[i],)
-    return b_product
-
-
-@triton.jit
 def _standardised(b_rows, eps, COLS: tl.constexpr, LO: tl.constexpr, HI: tl.constexpr):
     """Rows of mean 0 and variance 1, and the inverse of what was their standard deviation, [BM, 1]."""
-    b_mean = _sum(b_rows) / COLS
+    b_mean = parts.row_sum(b_rows) / COLS
     b_centred = (b_rows[0] - b_mean,)
     if HI:
         b_hi = b_rows[1] - b_mean
         if LO + HI > COLS:
             b_hi = tl.where((LO + tl.arange(0, HI))[None, :] < COLS, b_hi, 0.0)
         b_centred += (b_hi,)
-    b_scale = 1 / tl.sqrt(_sum(_product(b_centred, b_centred)) / COLS + eps)
+    b_scale = 1 / tl.sqrt(parts.row_sum(parts.product(b_centred, b_centred)) / COLS + eps)
     return [b * b_scale for b in b_centred], b_scale
 
 
@@ -108,28 +64,25 @@ def add_layer_norm_fwd_kernel(
     Grid: blocks of rows. FLOPs: about 10 an element. Bytes: each tensor once.
     """
     PARTS: tl.constexpr = 2 if HI else 1
-    x = operands.Rows(p_x, in_elements(stride_x, UNIT), rows)
-    residual = operands.Rows(p_residual, in_elements(stride_residual, UNIT), rows)
-    summed = operands.Rows(p_summed, COLS, rows)
-    normed = operands.Rows(p_normed, COLS, rows)
     o_row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
+    m_row, o_dense = o_row < rows, o_row * COLS
     b_rows = ()
     for i in tl.static_range(PARTS):
-        b_sum = _load(x, o_row, i, COLS, LO, HI)
+        b_sum = parts.load(p_x + o_row * in_elements(stride_x, UNIT), m_row, i, COLS, LO, HI)
         if p_residual is not None:
-            b_sum += _load(residual, o_row, i, COLS, LO, HI)
+            b_sum += parts.load(p_residual + o_row * in_elements(stride_residual, UNIT), m_row, i, COLS, LO, HI)
             # as rounded when stored
             b_sum = b_sum.to(p_summed.dtype.element_ty)
-            _store(summed, o_row, b_sum, i, COLS, LO, HI)
+            parts.store(p_summed + o_dense, m_row, b_sum, i, COLS, LO, HI)
         b_rows += (b_sum.to(tl.float32),)
     b_rows, _ = _standardised(b_rows, eps, COLS, LO, HI)
     for i in tl.static_range(PARTS):
         b_normed = b_rows[i]
         if p_weight is not None:
-            b_normed *= _load_parameter(p_weight, i, COLS, LO, HI)
+            b_normed *= parts.load_vector(p_weight, i, COLS, LO, HI)
         if p_bias is not None:
-            b_normed += _load_parameter(p_bias, i, COLS, LO, HI)
-        _store(normed, o_row, b_normed, i, COLS, LO, HI)
+            b_normed += parts.load_vector(p_bias, i, COLS, LO, HI)
+        parts.store(p_normed + o_dense, m_row, b_normed, i, COLS, LO, HI)
 
 
 @triton.jit(do_not_specialize=["rows", "stride_grad", "stride_grad_summed", "stride_summed"])
@@ -162,32 +115,29 @@ def add_layer_norm_bwd_kernel(
     grad_summed, summed and d_x once.
     """
     PARTS: tl.constexpr = 2 if HI else 1
-    grad = operands.Rows(p_grad, in_elements(stride_grad, UNIT), rows)
-    summed = operands.Rows(p_summed, in_elements(stride_summed, UNIT), rows)
-    grad_summed = operands.Rows(p_grad_summed, in_elements(stride_grad_summed, UNIT), rows)
-    d_x = operands.Rows(p_d_x, COLS, rows)
-    b_d_weight = (tl.zeros([1, LO], tl.float32),)
-    if HI:
-        b_d_weight += (tl.zeros([1, HI], tl.float32),)
+    stride_grad, stride_summed = in_elements(stride_grad, UNIT), in_elements(stride_summed, UNIT)
+    b_d_weight = parts.zero_row(LO, HI)
     b_d_bias = b_d_weight
     for i_block in tl.range(tl.program_id(0), tl.cdiv(rows, BLOCK_M), tl.num_programs(0), num_stages=STAGES):
         o_row = tl.cast(i_block, tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
+        m_row = o_row < rows
         b_grad, b_weighted, b_rows = (), (), ()
         for i in tl.static_range(PARTS):
-            b_grad += (_load(grad, o_row, i, COLS, LO, HI),)
+            b_grad += (parts.load(p_grad + o_row * stride_grad, m_row, i, COLS, LO, HI),)
             if p_weight is None:
                 b_weighted += (b_grad[i],)
             else:
-                b_weighted += (b_grad[i] * _load_parameter(p_weight, i, COLS, LO, HI),)
-            b_rows += (_load(summed, o_row, i, COLS, LO, HI),)
+                b_weighted += (b_grad[i] * parts.load_vector(p_weight, i, COLS, LO, HI),)
+            b_rows += (parts.load(p_summed + o_row * stride_summed, m_row, i, COLS, LO, HI),)
         b_rows, b_scale = _standardised(b_rows, eps, COLS, LO, HI)
-        b_mean, b_along = _sum(b_weighted), _sum(_product(b_weighted, b_rows))
+        b_mean, b_along = parts.row_sum(b_weighted), parts.row_sum(parts.product(b_weighted, b_rows))
         b_mean, b_along = b_mean / COLS, b_along / COLS
         for i in tl.static_range(PARTS):
             b_d_x = (b_weighted[i] - b_mean - b_rows[i] * b_along) * b_scale
             if p_grad_summed is not None:
-                b_d_x += _load(grad_summed, o_row, i, COLS, LO, HI)
-            _store(d_x, o_row, b_d_x, i, COLS, LO, HI)
+                p_others = p_grad_summed + o_row * in_elements(stride_grad_summed, UNIT)
+                b_d_x += parts.load(p_others, m_row, i, COLS, LO, HI)
+            parts.store(p_d_x + o_row * COLS, m_row, b_d_x, i, COLS, LO, HI)
         if PARAMETERS:
             b_weight_sums, b_bias_sums = (), ()
             for i in tl.static_range(PARTS):
@@ -195,12 +145,11 @@ def add_layer_norm_bwd_kernel(
                 b_bias_sums += (b_d_bias[i] + tl.sum(b_grad[i], 0)[None, :],)
             b_d_weight, b_d_bias = b_weight_sums, b_bias_sums
     if PARAMETERS:
-        o_share = tl.program_id(0).to(tl.int64) + tl.zeros([1, 1], tl.int64)
-        d_weight = operands.Rows(p_d_weight, COLS, tl.num_programs(0))
-        d_bias = operands.Rows(p_d_bias, COLS, tl.num_programs(0))
+        o_share = tl.program_id(0).to(tl.int64) * COLS + tl.zeros([1, 1], tl.int64)
+        m_share = tl.full([1, 1], True, tl.int1)
         for i in tl.static_range(PARTS):
-            _store(d_weight, o_share, b_d_weight[i], i, COLS, LO, HI)
-            _store(d_bias, o_share, b_d_bias[i], i, COLS, LO, HI)
+            parts.store(p_d_weight + o_share, m_share, b_d_weight[i], i, COLS, LO, HI)
+            parts.store(p_d_bias + o_share, m_share, b_d_bias[i], i, COLS, LO, HI)
 
 
 def add_layer_norm_fwd(
@@ -216,7 +165,7 @@ def add_layer_norm_fwd(
         unit, strides = in_units(x.dtype, rows.stride(0), 0 if others is None else others.stride(0))
         args = (rows, others, _dense(weight), _dense(bias), normed, summed, len(rows), *strides, eps)
         grid = (triton.cdiv(len(rows), config["BLOCK_M"]),)
-        launch(add_layer_norm_fwd_kernel, grid, args, config, UNIT=unit, **_columns(x.shape[-1]))
+        launch(add_layer_norm_fwd_kernel, grid, args, config, UNIT=unit, **parts.columns(x.shape[-1]))
     return normed, summed
 
 
@@ -235,18 +184,14 @@ def add_layer_norm_bwd(
     given = (d_out, d_summed, rows)
     unit, strides = in_units(summed.dtype, *(0 if x is None else x.stride(0) for x in given))
     args = (*given, _dense(weight), d_x, *shares, len(rows), *strides, eps)
-    launch(add_layer_norm_bwd_kernel, (programs,), args, config, PARAMETERS=parameters, UNIT=unit, **_columns(cols))
+    constants = {"PARAMETERS": parameters, "UNIT": unit, **parts.columns(cols)}
+    launch(add_layer_norm_bwd_kernel, (programs,), args, config, **constants)
     return d_x, *(None if share is None else share.sum(0) for share in shares)
 
 
 def _rows(x: Tensor) -> Tensor:
     rows = x.reshape(-1, x.shape[-1])
     return rows if rows.stride(1) == 1 else rows.contiguous()
-
-
-def _columns(cols: int) -> dict[str, Any]:
-    lo = 1 << cols.bit_length() - 1
-    return {"COLS": cols, "LO": lo, "HI": 0 if cols == lo else 1 << (cols - lo - 1).bit_length()}
 
 
 def _dense(parameter: Tensor | None) -> Tensor | None:

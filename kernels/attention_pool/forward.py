@@ -10,7 +10,7 @@ and 4.3 TB/s, by arithmetic:
     1 x 1152 (2304)   projected by the library     178         250            225             58
     1 x 1152 (2304)   absorbed, q' stored           68         190             86             44
 
-With many heads the absorbed form (csrc/cpu/attention_pool/forward.cpp) moves a row of 2,304 for every head and window,
+With many heads the absorbed form (csrc/cpu/attention_pool/heads.h) moves a row of 2,304 for every head and window,
 or reads the features again for every head, which 132 multiprocessors that share a cache cannot hide; so keys and values
 are projected by the library at its full rate, and the kernels here pass over rows once. With one head it is the other
 way.

@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-OPS = ("attention", "attention_pool", "swiglu_mlp", "linear", "add_layer_norm")
+OPS = ("attention", "attention_pool", "swiglu_mlp", "linear", "add_layer_norm", "rms_norm")
 MODES = (
     *("forward", "gradient", "autocast", "registered", "changed_weights", "functional", "double_backward"),
     *("bad_argument", "backward_op", "compiled"),
@@ -46,7 +46,7 @@ def main() -> int:
     chosen = list(settings) if options.isa is None else [options.isa]
     if options.case is not None and options.isa is None:
         chosen = _best(settings)
-    runs = [(op, isa) for op in OPS if options.op in (None, op) for isa in chosen if _concerns(op, isa, options)]
+    runs = [(op, isa) for op in OPS if options.op in (None, op) for isa in chosen]
     first = options.case or 0
     last = first + 1 if options.case is not None else options.cases
     plan = {"seed": options.seed, "mode": options.mode, "first": first, "last": last}
@@ -143,11 +143,6 @@ def _settings() -> dict[str, dict[str, str]]:
 
 def _best(settings: dict[str, dict[str, str]]) -> list[str]:
     return [name for name in settings if name not in (AVX2_TORCH, REFERENCE)][-1:] or [REFERENCE]
-
-
-def _concerns(op: str, isa: str, options: argparse.Namespace) -> bool:
-    """Ops without native kernels run once with torch as it is, and once with torch held to AVX2."""
-    return op != "add_layer_norm" or options.isa is not None or isa in (AVX2_TORCH, REFERENCE)
 
 
 if __name__ == "__main__":

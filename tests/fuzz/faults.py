@@ -34,6 +34,7 @@ REQUIRED = {
     "swiglu_mlp": ("x", "w_up", "w_down"),
     "linear": ("x", "weight"),
     "add_layer_norm": ("x",),
+    "rms_norm": ("x", "weight"),
 }
 
 
@@ -192,6 +193,11 @@ def _add_layer_norm(problem: Problem) -> list[tuple[str, dict[str, Any]]]:
     return [(f"eps {bad!r}", {"eps": bad})]
 
 
+def _rms_norm(problem: Problem) -> list[tuple[str, dict[str, Any]]]:
+    name, bad = problem.draw.choice(["eps", "offset"]), problem.draw.choice(["a", None, [1e-6]])
+    return [(f"{name} {bad!r}", {name: bad})]
+
+
 def _swiglu_mlp(problem: Problem) -> list[tuple[str, dict[str, Any]]]:
     w_up = problem.arguments["w_up"]
     return [("w_up of an odd number of rows", {"w_up": torch.cat([w_up, w_up.new_zeros(1, w_up.shape[1])])})]
@@ -202,6 +208,7 @@ _SPECIAL: dict[str, Callable[[Problem], list[tuple[str, dict[str, Any]]]]] = {
     "attention_pool": _attention_pool,
     "linear": _linear,
     "add_layer_norm": _add_layer_norm,
+    "rms_norm": _rms_norm,
     "swiglu_mlp": _swiglu_mlp,
 }
 
@@ -288,6 +295,7 @@ def backward_call(problem: Problem) -> BackwardCall:
         "linear": ["x", "weight", "bias", "residual"],
         "swiglu_mlp": ["x", "w_up", "w_down", "b_up", "b_down"],
         "add_layer_norm": ["x", "weight", "bias"],
+        "rms_norm": ["x", "weight"],
         "attention_pool": [
             *(f"features[{i}]" for i in range(len(a.get("features", ())))),
             *("w_q", "b_q", "w_kv", "b_kv", "w_o", "b_o", "pad_embed"),
@@ -307,7 +315,8 @@ def backward_call(problem: Problem) -> BackwardCall:
             problem.arena.tensor(draw.normal(grad.shape), problem.dtype) if a["residual"] is not None else None
         )
         summed = outputs[1] if a["residual"] is not None else a["x"]
-        inputs = {"grad_summed": grads[1], "summed": summed} | {name: a[name] for name in ("weight", "bias", "eps")}
+        last = [name for name in ("weight", "bias", "eps", "offset") if name in a]
+        inputs = {"grad_summed": grads[1], "summed": summed} | {name: a[name] for name in last}
     arguments = {"grad": grad} | inputs | {"wanted": wanted}
     kept = {"linear": "before", "swiglu_mlp": "up"}.get(problem.op)
     if kept is not None:

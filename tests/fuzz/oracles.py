@@ -63,9 +63,7 @@ def add_layer_norm(a: Arguments, r: Exact, dtype: torch.dtype) -> tuple[Tensor, 
         )
         summed = x if residual is None else x + residual
         return F.layer_norm(summed, summed.shape[-1:], weight, bias, a["eps"]), summed
-    exact_sum = a["x"] if a["residual"] is None else a["x"] + a["residual"]
-    stored = exact_sum.detach().to(dtype).to(exact_sum.dtype)
-    summed = exact_sum + (stored - exact_sum.detach())
+    summed, exact_sum = _rounded_sum(a, dtype)
     mean = r.computed(summed.mean(-1, keepdim=True), 8 * sum_size(summed))
     centred = summed - mean
     variance = (centred * centred).mean(-1, keepdim=True)
@@ -75,6 +73,19 @@ def add_layer_norm(a: Arguments, r: Exact, dtype: torch.dtype) -> tuple[Tensor, 
     if a["bias"] is not None:
         normed = normed + a["bias"]
     return r.stored(normed), exact_sum
+
+
+def rms_norm(a: Arguments, r: Exact, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """The mean square is that of the sum as rounded to `dtype`; what follows is rounded once."""
+    summed, exact_sum = _rounded_sum(a, dtype)
+    square = r.computed((summed * summed).mean(-1, keepdim=True), sum_size(summed))
+    return r.stored(summed / torch.sqrt(square + a["eps"]) * (a["weight"] + a["offset"])), exact_sum
+
+
+def _rounded_sum(a: Arguments, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Rounded to `dtype`, which gradients pass through, and exact."""
+    exact = a["x"] if a["residual"] is None else a["x"] + a["residual"]
+    return exact + (exact.detach().to(dtype).to(exact.dtype) - exact.detach()), exact
 
 
 def attention(a: Arguments, r: Exact) -> tuple[Tensor, ...]:

@@ -17,6 +17,8 @@ from .generate import FLOATS, Arena, Draw
 from .rounding import Exact, Plain, Shaken, accumulator, sum_size
 
 ACTIVATIONS = ("none", "gelu_tanh", "gelu", "silu")
+# ops that give a sum beside its norm
+NORMS = ("add_layer_norm", "rms_norm")
 MASK_VALUES = (1.0, 1.0, 1.0, 0.0, 0.0, 0.37, 0.999, -1.0, 2.0)
 MASK_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.uint8)
 
@@ -81,14 +83,15 @@ class Problem:
 
     def oracle(self, rounding: Exact, precision: torch.dtype) -> tuple[Tensor, ...]:
         """The op's results for upcast arguments, as tensors of that precision would give them."""
-        if self.op == "add_layer_norm":
-            return oracles.add_layer_norm(self.arguments, rounding, precision)
-        return getattr(oracles, self.op)(self.arguments, rounding)
+        oracle = getattr(oracles, self.op)
+        if self.op in NORMS:
+            return oracle(self.arguments, rounding, precision)
+        return oracle(self.arguments, rounding)
 
     def declinable(self) -> bool:
         """Whether a backend may have no kernel for this."""
         empty = any(t.numel() == 0 for t in self.tensors().values())
-        return empty or self.dtype != torch.float32 or self.op == "add_layer_norm"
+        return empty or self.dtype != torch.float32
 
     def describe(self) -> str:
         parts = []
@@ -260,6 +263,18 @@ class Maker:
             "eps": draw.choice([1e-6, 1e-5, 1e-3]),
         }
 
+    def rms_norm(self) -> dict[str, Any]:
+        draw = self.draw
+        # of heads too, of which there may be views
+        shape = [*self.rows(), *([draw.size(4)] if draw.chance(0.3) else []), draw.size(300, zero=True)]
+        return {
+            "x": self.tensor("x", shape),
+            "weight": self.tensor("weight", shape[-1:]),
+            "residual": self.maybe("residual", shape),
+            "eps": draw.choice([1e-6, 1e-5, 1e-3]),
+            "offset": draw.choice([0.0, 0.0, 1.0, -0.3]),
+        }
+
     def attention(self) -> dict[str, Any]:
         draw = self.draw
         dim, heads, budget = draw.size(256), draw.choice([1, 1, 2, 3, 4, 8, 16]), 3e6 if draw.chance(0.05) else 4e5
@@ -345,6 +360,11 @@ def _add_layer_norm(a: dict[str, Any]) -> tuple[Tensor, ...]:
     return ops.add_layer_norm(*positional, **a)
 
 
+def _rms_norm(a: dict[str, Any]) -> tuple[Tensor, ...]:
+    found = ops.rms_norm(a.pop("x"), a.pop("weight"), **a)
+    return found if isinstance(found, tuple) else (found,)
+
+
 def _attention_pool(a: dict[str, Any]) -> tuple[Tensor, ...]:
     positional = [a.pop(name) for name in ("features", "w_q", "b_q", "w_kv", "b_kv", "w_o", "b_o")]
     return (ops.attention_pool(*positional, **a),)
@@ -356,6 +376,7 @@ CALLS = {
     "swiglu_mlp": _swiglu_mlp,
     "linear": _linear,
     "add_layer_norm": _add_layer_norm,
+    "rms_norm": _rms_norm,
 }
 
 

@@ -30,6 +30,8 @@ CASES = {
     "linear_gelu": partial(gpu_cases.linear, WIDTH, _size(4304, 40), "gelu_tanh"),
     "linear_residual": partial(gpu_cases.linear, _size(4304, 40), WIDTH, "none"),
     "add_layer_norm": gpu_cases.add_layer_norm,
+    "rms_norm": gpu_cases.rms_norm,
+    "rms_norm_of_heads": partial(gpu_cases.rms_norm_of_heads, 128),
     "swiglu_mlp_few_rows": partial(gpu_cases.swiglu_mlp, 5),
 }
 unchecked = pytest.mark.skipif(DEVICE.rehearsal, reason="on CPUs values are checked")

@@ -73,6 +73,11 @@ def add_layer_norm(rows=7, dtype=torch.float32):
     return lambda x, r, w, b: ops.add_layer_norm(x, r, w, b)[0], tuple(tensors)
 
 
+def rms_norm(rows=7, dtype=torch.float32):
+    tensors = [torch.randn(*s, dtype=dtype) for s in ((rows, 6), (6,), (rows, 6))]
+    return lambda x, w, r: ops.rms_norm(x, w, residual=r, offset=0.5)[0], tuple(tensors)
+
+
 OPS = {
     "attention": attention,
     "attention_packed": attention_packed,
@@ -82,6 +87,7 @@ OPS = {
     "linear": linear,
     "linear_few_rows": linear_few_rows,
     "add_layer_norm": add_layer_norm,
+    "rms_norm": rms_norm,
 }
 
 
@@ -281,7 +287,8 @@ def int32(*values):
         (lambda: RAW.swiglu_mlp_bwd(GRAD[:, :2], X, UP, DOWN, None, [True] * 5, None), "grad"),
         (lambda: RAW.swiglu_mlp_bwd(GRAD, X, UP, DOWN, UP[:7, 0], [True] * 5, None), "b_up"),
         (lambda: RAW.swiglu_mlp_bwd(GRAD, X, UP, DOWN, None, [True], None), "wanted"),
-        (lambda: RAW.attention_bwd(Q, Q, Q[:, :2], Q, Q, LSE, 1.0, None, None), "k"),
+        (lambda: RAW.attention_bwd(Q, Q, Q[:, :, :0], Q, Q, LSE, 1.0, None, None), "k"),
+        (lambda: RAW.attention_bwd(Q, Q, Q[:, :2], Q, Q, LSE, 1.0, None, None), "v"),
         (lambda: RAW.attention_bwd(Q[:, :2], Q, Q, Q, Q, LSE, 1.0, None, None), "grad"),
         (lambda: RAW.attention_bwd(Q, Q, Q, Q, Q[..., :4], LSE, 1.0, None, None), "out"),
         (lambda: RAW.attention_bwd(Q, Q, Q, Q, Q, LSE[:, :, :2], 1.0, None, None), "lse"),
@@ -304,6 +311,13 @@ def int32(*values):
         (lambda: RAW.add_layer_norm_bwd(X, X[:, :2], X, None, None, 1e-6, [True] * 3), "grad_summed"),
         (lambda: RAW.add_layer_norm_bwd(X, None, X, X[0, :2], None, 1e-6, [True] * 3), "weight"),
         (lambda: RAW.add_layer_norm_bwd(X, None, X, None, None, 1e-6, [True]), "wanted"),
+        (lambda: RAW.rms_norm_bwd(X[:3], None, X, X[0], 1e-6, 0.0, [True] * 2), "grad"),
+        (lambda: RAW.rms_norm_bwd(X, X[:, :2], X, X[0], 1e-6, 0.0, [True] * 2), "grad_summed"),
+        (lambda: RAW.rms_norm_bwd(X, None, X, X[0, :2], 1e-6, 0.0, [True] * 2), "weight"),
+        (lambda: RAW.rms_norm_bwd(X, None, X, X[0].double(), 1e-6, 0.0, [True] * 2), "weight"),
+        (lambda: RAW.rms_norm_bwd(X, None, X[0, 0], X[0], 1e-6, 0.0, [True] * 2), "x"),
+        (lambda: RAW.rms_norm_bwd(X, None, X, X[0], 1e-6, 0.0, [True]), "wanted"),
+        (lambda: RAW.rms_norm(X, X[0], X[:3], 1e-6, 0.0), "residual"),
     ],
 )
 def test_ops_called_by_hand_check_what_they_are_given(call, argument):
@@ -325,6 +339,9 @@ def test_ops_called_by_hand_check_what_they_are_given(call, argument):
         (lambda: ops.swiglu_mlp(X, None, DOWN), "w_up: got None"),
         (lambda: ops.swiglu_mlp(torch.tensor(1.0), UP, DOWN), r"x: got shape \[\]"),
         (lambda: ops.add_layer_norm(torch.tensor(1.0), None, None, None), r"x: got shape \[\]"),
+        (lambda: ops.rms_norm(None, X[0]), "x: got None"),
+        (lambda: ops.rms_norm(X, None), "weight: got None"),
+        (lambda: ops.rms_norm(X, X[0], residual=1.0), "'residual'"),
         (lambda: ops.attention_pool(None, *POOL[1:], None, grid=(3, 3), num_heads=2), "features: got NoneType"),
         (lambda: ops.attention_pool(X, *POOL[1:], None, grid=(3, 3), num_heads=2), "features: got Tensor"),
         (lambda: ops.attention_pool([None], *POOL[1:], None, grid=(3, 3), num_heads=2), "'features'"),

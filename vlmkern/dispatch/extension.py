@@ -66,7 +66,11 @@ def lacks(dtype: torch.dtype) -> str | None:
 def extents(*tensors: Tensor | None) -> list[int]:
     """For each tensor the elements from its address to the end of its storage, by which the extension checks what it is
     told of them; 0 for None."""
-    return [0 if t is None else t.untyped_storage().nbytes() // t.element_size() - t.storage_offset() for t in tensors]
+    # a tensor without elements may begin behind the end of its storage
+    return [
+        0 if t is None else max(0, t.untyped_storage().nbytes() // t.element_size() - t.storage_offset())
+        for t in tensors
+    ]
 
 
 def describe() -> dict[str, Any]:

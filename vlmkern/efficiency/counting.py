@@ -7,13 +7,11 @@ use, because its module imports triton. A multiply-add is two FLOPs; softmax, no
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from .._ops import ops
 from ..dispatch.providers import Op, known
@@ -22,6 +20,7 @@ from ..models.jina_vlm.cache import KVCache
 from ..models.jina_vlm.tiling import TilePlan
 from ..models.jina_vlm.vision import run_tower
 from ..ops.attention import flops as attention
+from ..ops.attention.problem import Attention
 from ..ops.attention_pool import flops as attention_pool
 from ..ops.linear import flops as linear
 from ..ops.swiglu_mlp import flops as swiglu_mlp
@@ -31,14 +30,15 @@ _LARGE_CACHE = 2**32
 
 
 def count(call: Callable[[], Any]) -> int:
-    """FLOPs of what `call` runs: torch's ops and vlmkern's, causal attention as the half square that it needs."""
+    """FLOPs of what `call` runs: torch's ops and vlmkern's, causal attention as half of the square."""
     from torch.utils.flop_counter import FlopCounterMode
 
     register_formulas()
-    causal = _CausalAttention()
-    with FlopCounterMode(display=False) as counter, causal:
+    half = _of_problem(known(ops.attention.default), _half_squares)
+    half._get_raw = True
+    with FlopCounterMode(display=False, custom_mapping={ops.attention: half}) as counter:
         call()
-    return counter.get_total_flops() + causal.flops
+    return counter.get_total_flops()
 
 
 @functools.cache
@@ -148,24 +148,13 @@ def cache_bytes(config: JinaVLMConfig, tokens: int) -> int:
     return cache.nbytes if cache.nbytes > _LARGE_CACHE else KVCache(config.text, 1, tokens, torch.bfloat16).nbytes
 
 
-class _CausalAttention(TorchFunctionMode):
-    """Counts causal attention of S tokens as 2 * S^2 * D a head. FlopCounterMode would count the whole square, which
-    no implementation worth the name computes."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.flops = 0
-
-    def __torch_function__(
-        self, function: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if function is not F.scaled_dot_product_attention or not kwargs.get("is_causal"):
-            return function(*args, **kwargs)
-        q, k, v = args
-        batch, heads, tokens, head_dim = q.shape
-        self.flops += batch * heads * tokens * k.shape[2] * (head_dim + v.shape[3])
-        return q.new_empty(*q.shape[:3], v.shape[3])
+def _half_squares(p: Attention) -> int:
+    """The op's formula, but 2 * S^2 * D a head for causal attention of S tokens: published figures leave out the other
+    half of the diagonal."""
+    flops = attention.attention(p)
+    batch, tokens, heads, head_dim = p.q.shape if p.cu_seqlens is None else (0, 0, 0, 0)
+    square = p.window_right == 0 and p.window_left < 0 and p.k.shape[1] == tokens > 1
+    return flops - 2 * batch * tokens * heads * head_dim if square else flops
 
 
 def _features(model: JinaVLM, crops: int) -> list[Tensor]:

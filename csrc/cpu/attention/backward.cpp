@@ -1,15 +1,15 @@
-// Gradients of one head of non-causal attention by q, k and v, over one segment.
+// Gradients of attention by q, k and v, of the heads that share k and v, over one sequence.
 //
 // With P = exp(scale * Q K^T - lse) recomputed and delta = rowsum(dO * O):
-//     dV = P^T dO,  dS = P * (dO V^T - delta),  dQ = scale * dS K,  dK = scale * dS^T Q.
-// Where lse is so large that its rounding shows in P, a block's maxima, sums and delta are computed again: two products
-// more, so 14 instead of 10 * tokens^2 * head_dim.
+//     dV = P^T dO,  dS = P * (dO V^T - delta),  dQ = scale * dS K,  dK = scale * dS^T Q,
+// dS times the slope of a cap, dV and dK summed over heads, and dQ and dK turned back where q and k were turned. Where lse is so large that its rounding shows in P, a block's maxima, sums and delta are computed again: two products
+// more, so 14 instead of 10 * queries * keys * head_dim.
 //
 // S^T = K Q^T and dP^T = V dO^T are tiles of keys times queries in the SIMD lanes, as in forward.cpp. dQ^T = K^T dS^T
 // takes dS^T as it comes, queries in the lanes; in dV = P^T dO and dK the rows of P^T and dS^T are what is broadcast,
 // and channels lie in the lanes. So nothing is transposed, at the price of channels padded to whole vectors.
 //
-// 10 * tokens^2 * head_dim FLOPs, the exponentials once. Blocks of queries go by outside, chunks of keys inside: a
+// 10 * queries * keys * head_dim FLOPs a head, the exponentials once. Blocks of queries go by outside, chunks of keys inside: a
 // block's weights by a chunk's keys and its sums of dQ stay in L2; the sums of dK and dV of all keys, in float32, are
 // read and written once a block. Every sum is taken in one order, whatever the number of threads.
 //
@@ -17,6 +17,7 @@
 // before their products; with AMX by tiles, see tile_gradients.h. Everything else is widened to float32.
 #include "cpu/attention/attention.h"
 #include "cpu/attention/gradients.h"
+#include "cpu/attention/rotary.h"
 #include "cpu/attention/tile_gradients.h"
 #include "cpu/tile.h"
 
@@ -28,20 +29,17 @@ namespace {
 template <typename T>
 constexpr float kMaxLse = sizeof(T) == sizeof(float) ? 64.0f : 1024.0f;
 
-// P and dS of one chunk of keys and up to kLanes queries, of which `queries` are there.
-template <class Form, int vectors, bool settled>
-void weigh(const Layout<Form>& layout, const Scratch<Form>& scratch, int64_t part, int64_t key_begin, int64_t count, int64_t queries,
-           Scale parts) {
+// P and dS of one chunk of keys and up to kLanes queries.
+template <class Form, int vectors, class Weights>
+void weigh(const Layout<Form>& layout, const Scratch<Form>& scratch, int64_t part, Range chunk, const Weights& weights) {
   using Maths = typename Form::Maths;
   constexpr int64_t kRow = vectors * kWidth, kLanes = Form::kLanes, kQueries = Form::kQueries;
-  const float* keys = scratch.keys + key_begin * layout.key_words;
-  const float* values = scratch.values + key_begin * layout.head_words;
+  const int64_t count = chunk.end - chunk.begin;
+  const float* keys = scratch.keys + chunk.begin * layout.key_words;
+  const float* values = scratch.values + chunk.begin * layout.head_words;
   const float* q = scratch.q_lanes + part * layout.head_words * kLanes;
   const float* grad = scratch.grad_lanes + part * layout.head_words * kLanes;
-  const float *shifts = scratch.shift + part * kLanes, *inverse = scratch.inverse + part * kLanes, *delta = scratch.delta + part * kLanes;
-  const Vec before = set1(parts.before), scale = set1(parts.after * kLog2e);
-  float tile[kRows * kRow];
-  const Present<vectors> present(queries);
+  float tile[kRows * kRow], slopes[Weights::kShaped ? kRows * kRow : 1];
 
   for (int64_t key = 0; key < count; key += kRows) {
     {
@@ -57,28 +55,32 @@ void weigh(const Layout<Form>& layout, const Scratch<Form>& scratch, int64_t par
 #pragma GCC unroll 4
       for (int j = 0; j < vectors; ++j) {
         float* at = tile + r * kRow + j * kWidth;
-        const Vec s = load(at), shift = load(shifts + j * kWidth);
-        const Vec p = weight_of<Maths, settled>(s, shift, load(inverse + j * kWidth), before, scale);
-        store(at, key + r < count ? present.kept(p, j) : set1(0.0f));
+        const Weight weight = weights.of(load(at), key + r, j);
+        store(at, key + r < count ? weight.p : set1(0.0f));
+        if constexpr (Weights::kShaped) store(slopes + r * kRow + j * kWidth, weight.slope);
       }
     }
     Vec sum[kRows][vectors] = {};
     multiply<Maths, vectors>(sum, values + key * layout.head_words, layout.head_words, 1, grad, layout.head_words);
+    const auto weight_at = [&](int r, int j) {
+      return Weight{load(tile + r * kRow + j * kWidth), Weights::kShaped ? load(slopes + r * kRow + j * kWidth) : set1(1.0f)};
+    };
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; r += Maths::pair) {
 #pragma GCC unroll 4
       for (int j = 0; j < vectors; ++j) {
-        const Vec shift = load(delta + j * kWidth);
-        const Vec p = load(tile + r * kRow + j * kWidth), ds = present.kept(p * (sum[r][j] - shift), j);
+        const Weight weight = weight_at(r, j);
+        const Vec ds = weights.gradient(weight, sum[r][j], j);
         const int64_t at = (key + r) * kQueries + part * kLanes + j * kWidth;
         if constexpr (Maths::pair == 1) {
-          store(scratch.p + at, p);
+          store(scratch.p + at, weight.p);
           store(scratch.ds + at, ds);
         } else {
 #if VLMKERN_BF16_PAIRS
-          const Vec next_p = load(tile + (r + 1) * kRow + j * kWidth), next_ds = present.kept(next_p * (sum[r + 1][j] - shift), j);
-          store_halves(scratch.p + at / 2, p);
-          store_halves(scratch.p + (at + kQueries) / 2, next_p);
+          const Weight next = weight_at(r + 1, j);
+          const Vec next_ds = weights.gradient(next, sum[r + 1][j], j);
+          store_halves(scratch.p + at / 2, weight.p);
+          store_halves(scratch.p + (at + kQueries) / 2, next.p);
           store_halves(scratch.ds + at / 2, ds);
           store_halves(scratch.ds + (at + kQueries) / 2, next_ds);
           store(ds_part(scratch, part) + (key + r) / 2 * kRow + j * kWidth, interleave(ds, next_ds));
@@ -142,16 +144,16 @@ struct VectorForm {
   static void pack_keys(const Layout<VectorForm>& layout, const T* k, int64_t stride, int64_t tokens, int64_t head_dim, float* to) {
     pack_rows<Maths>(k, stride, tokens, head_dim, layout.keys, layout.channels, to);
   }
-  template <int vectors, bool settled>
-  static void weigh(const Layout<VectorForm>& layout, const Scratch<VectorForm>& scratch, int64_t part, int64_t key, int64_t count,
-                    int64_t queries, Scale scale) {
-    VLMKERN_ISA::weigh<VectorForm, vectors, settled>(layout, scratch, part, key, count, queries, scale);
+  template <int vectors, class Weights>
+  static void weigh(const Layout<VectorForm>& layout, const Scratch<VectorForm>& scratch, int64_t part, Range keys, const Weights& weights) {
+    VLMKERN_ISA::weigh<VectorForm, vectors>(layout, scratch, part, keys, weights);
   }
   template <int vectors>
-  static void add_dq(const Layout<VectorForm>& layout, const Scratch<VectorForm>& scratch, int64_t part, int64_t key, int64_t count) {
-    add_product<Maths, vectors>(layout.channels, scratch.key_pairs + key / Maths::pair * layout.channels, 1, layout.channels,
-                                ds_part(scratch, part), ds_step<VectorForm, vectors>(), (count + Maths::pair - 1) / Maths::pair, key == 0,
-                                scratch.dq + part * layout.channels * kLanes, vectors * kWidth);
+  static void add_dq(const Layout<VectorForm>& layout, const Scratch<VectorForm>& scratch, int64_t part, Range keys, bool first) {
+    add_product<Maths, vectors>(layout.channels, scratch.key_pairs + keys.begin / Maths::pair * layout.channels, 1, layout.channels,
+                                ds_part(scratch, part), ds_step<VectorForm, vectors>(),
+                                (keys.end - keys.begin + Maths::pair - 1) / Maths::pair, first, scratch.dq + part * layout.channels * kLanes,
+                                vectors * kWidth);
   }
   static void add_rows(int64_t rows, const float* weights, const float* b, int64_t columns, int64_t steps, bool first, float* sums) {
     VLMKERN_ISA::add_rows<Maths>(rows, weights, kWeightRow<VectorForm>, b, columns, steps, first, sums);
@@ -178,99 +180,146 @@ void write_rows(const float* sums, int64_t columns, int64_t rows, int64_t head_d
   }
 }
 
-// A part of a block: up to kLanes queries, with the vectors they take known to the compiler.
+// One head of a group: where its queries lie.
+template <typename T>
+struct HeadBwd {
+  Rows<T> q, grad, out;
+  const float* lse;
+  T* dq;
+};
+
+// Room for keys, a block of queries, and rows of gradients, where they are turned.
+template <typename T>
+struct Turned {
+  T *keys, *queries;
+  float* rows;
+  static int64_t words(int64_t keys, int64_t block, int64_t head_dim) { return (keys + block + kWidth) * head_dim; }
+  Turned(float* memory, int64_t tokens, int64_t block, int64_t head_dim)
+      : keys(reinterpret_cast<T*>(memory)), queries(reinterpret_cast<T*>(memory + tokens * head_dim)), rows(memory + (tokens + block) * head_dim) {}
+};
+
+// A part of a block: the queries from `begin` to `end`, up to kLanes, with the vectors they take known to the compiler.
 template <class Form, int vectors, typename T>
 struct Part {
   using Maths = typename Form::Maths;
+  const AttentionGroupBwd& group;
+  const Scores& scores;
+  const Layout<Form>& layout;
+  const Scratch<Form>& scratch;
+  int64_t part, begin, end;
 
-  static void pack(const AttentionHeadBwd& head, const Layout<Form>& layout, const Scratch<Form>& scratch, int64_t part, int64_t begin,
-                   int64_t count) {
+  void pack(Rows<T> q, Rows<T> grad) const {
     const int64_t at = part * layout.head_words * Form::kLanes;
-    pack_block<Maths, vectors>(static_cast<const T*>(head.q) + begin * head.q_stride, head.q_stride, count, head.head_dim, layout.head_words,
-                               scratch.rows, scratch.q_lanes + at, head.scale < 0 ? Maths::sign_bits : 0);
-    pack_block<Maths, vectors>(static_cast<const T*>(head.grad) + begin * head.grad_stride, head.grad_stride, count, head.head_dim,
-                               layout.head_words, scratch.rows, scratch.grad_lanes + at, 0);
+    pack_block<Maths, vectors>(q.at, q.stride, end - begin, group.head_dim, layout.head_words, scratch.rows, scratch.q_lanes + at,
+                               group.scores.scale < 0 ? Maths::sign_bits : 0);
+    pack_block<Maths, vectors>(grad.at, grad.stride, end - begin, group.head_dim, layout.head_words, scratch.rows, scratch.grad_lanes + at, 0);
   }
-  static void settle(const Layout<Form>& layout, const Scratch<Form>& scratch, int64_t part, int64_t tokens, Scale scale) {
-    VLMKERN_ISA::settle<Form, vectors>(layout, scratch, part, tokens, scale);
-  }
-  static void take_chunk(const Layout<Form>& layout, const Scratch<Form>& scratch, int64_t part, int64_t key, int64_t count,
-                         int64_t queries, Scale scale, bool settled) {
-    if (settled)
-      Form::template weigh<vectors, true>(layout, scratch, part, key, count, queries, scale);
+  void settle() const { VLMKERN_ISA::settle<Form, vectors>(layout, scratch, part, scores, begin, end); }
+  void take_chunk(Range keys, bool first, bool settled) const {
+    if (scores.capped() || !scores.all_seen(begin, end, keys))
+      weigh<From::shaped>(keys, settled);
+    else if (settled)
+      weigh<From::settled>(keys, settled);
     else
-      Form::template weigh<vectors, false>(layout, scratch, part, key, count, queries, scale);
-    Form::template add_dq<vectors>(layout, scratch, part, key, count);
+      weigh<From::lse>(keys, settled);
+    Form::template add_dq<vectors>(layout, scratch, part, keys, first);
   }
-  static void finish(const AttentionHeadBwd& head, const Layout<Form>& layout, const Scratch<Form>& scratch, int64_t part, int64_t begin,
-                     int64_t count) {
-    for (int64_t j = 0; j * kWidth < count; ++j)
-      unpack_lanes(scratch.dq + part * layout.channels * Form::kLanes + j * kWidth, vectors * kWidth,
-                   count - j * kWidth < kWidth ? count - j * kWidth : kWidth, head.head_dim, set1(head.scale),
-                   static_cast<T*>(head.dq) + (begin + j * kWidth) * head.out_stride, head.out_stride);
+  void finish(const HeadBwd<T>& head, const Turned<T>& turned) const {
+    for (int64_t n = begin; n < end; n += kWidth) {
+      const int64_t lanes = end - n < kWidth ? end - n : kWidth;
+      const float* sums = scratch.dq + part * layout.channels * Form::kLanes + (n - begin);
+      T* to = head.dq + n * group.dq_stride;
+      if (group.rotate_q.cos == nullptr) {
+        unpack_lanes(sums, vectors * kWidth, lanes, group.head_dim, set1(group.scores.scale), to, group.dq_stride);
+        continue;
+      }
+      unpack_lanes(sums, vectors * kWidth, lanes, group.head_dim, set1(group.scores.scale), turned.rows, group.head_dim);
+      for (int64_t i = 0; i < lanes; ++i) turn_back(turned.rows + i * group.head_dim, group.rotate_q, n + i, group.head_dim);
+      write_rows(turned.rows, group.head_dim, lanes, group.head_dim, set1(1.0f), to, group.dq_stride);
+    }
+  }
+
+ private:
+  template <From from>
+  void weigh(Range keys, bool settled) const {
+    const Weights<Maths, vectors, from> weights(scores, scratch, part * Form::kLanes, begin, end, keys, settled);
+    Form::template weigh<vectors>(layout, scratch, part, keys, weights);
   }
 };
 
-// Calls body with the Part of each kLanes of `queries`, its index, and its first query and their number.
-template <class Form, typename T, typename Body>
-void over_parts(int64_t queries, Body body) {
-  for (int64_t part = 0; part * Form::kLanes < queries; ++part) {
-    const int64_t left = queries - part * Form::kLanes, count = left < Form::kLanes ? left : Form::kLanes;
-    Form::over_vectors((count + kWidth - 1) / kWidth,
-                       [&](auto n) { body(Part<Form, decltype(n)::value, T>(), part, part * Form::kLanes, count); });
-  }
-}
-
 template <class Form, typename T>
-void differentiate(const AttentionHeadBwd& head, void* memory) {
+void differentiate(const AttentionGroupBwd& group, void* memory) {
   using Maths = typename Form::Maths;
   constexpr int pair = Maths::pair;
   constexpr int64_t kQueries = Form::kQueries, kChunk = Form::kChunk;
   const typename Form::Registers registers;
-  const Layout<Form> layout(head.tokens, head.head_dim);
+  const Scores scores(group);
+  const Layout<Form> layout(group.keys, group.head_dim);
   Scratch<Form> scratch;
-  scratch.place(layout, static_cast<float*>(memory));
-  const T *q = static_cast<const T*>(head.q), *k = static_cast<const T*>(head.k), *v = static_cast<const T*>(head.v);
-  const T *grad = static_cast<const T*>(head.grad), *out = static_cast<const T*>(head.out);
-  if (pair != 1) pack_words<Maths>(k, head.k_stride, head.tokens, head.head_dim, layout.keys, layout.head_words, scratch.keys);
-  pack_words<Maths>(v, head.v_stride, head.tokens, head.head_dim, layout.keys, layout.head_words, scratch.values);
-  Form::pack_keys(layout, k, head.k_stride, head.tokens, head.head_dim, scratch.key_pairs);
+  const Turned<T> room(static_cast<float*>(memory) + scratch.place(layout, static_cast<float*>(memory)), group.keys, kQueries, group.head_dim);
+  const Rows<T> k = turned(Rows<T>{static_cast<const T*>(group.k), group.k_stride}, group.rotate_k, 0, group.keys, group.head_dim, room.keys);
+  if (pair != 1) pack_words<Maths>(k.at, k.stride, group.keys, group.head_dim, layout.keys, layout.head_words, scratch.keys);
+  pack_words<Maths>(static_cast<const T*>(group.v), group.v_stride, group.keys, group.head_dim, layout.keys, layout.head_words, scratch.values);
+  Form::pack_keys(layout, k.at, k.stride, group.keys, group.head_dim, scratch.key_pairs);
 
-  // a negative scale moves its sign to the queries, as maxima are taken before scaling
-  const Scale scale(head.scale < 0 ? -head.scale : head.scale);
-  for (int64_t begin = 0; begin < head.tokens; begin += kQueries) {
-    const int64_t queries = head.tokens - begin < kQueries ? head.tokens - begin : kQueries;
-    bool settled = scale.before != 1;
-    for (int64_t i = 0; i < kQueries; ++i) {
-      const int64_t n = begin + i;
-      const float lse = i < queries ? to_float(head.lse + n) : 0.0f;
-      settled |= !(__builtin_fabsf(lse) <= kMaxLse<T>);
-      scratch.shift[i] = lse * kLog2e;
-      scratch.delta[i] = i < queries ? dot(grad + n * head.grad_stride, out + n * head.o_stride, head.head_dim) : 0.0f;
-    }
-    const int64_t steps = round_up(queries, Form::kStep) / pair;
-    pack_rows<Maths>(q + begin * head.q_stride, head.q_stride, queries, head.head_dim, steps * pair, layout.columns, scratch.q_pairs);
-    pack_rows<Maths>(grad + begin * head.grad_stride, head.grad_stride, queries, head.head_dim, steps * pair, layout.columns,
-                     scratch.grad_pairs);
-    over_parts<Form, T>(queries, [&](auto kernel, int64_t part, int64_t first, int64_t count) {
-      kernel.pack(head, layout, scratch, part, begin + first, count);
-      if (settled) kernel.settle(layout, scratch, part, head.tokens, scale);
-    });
-    for (int64_t key = 0; key < head.tokens; key += kChunk) {
-      const int64_t keys = head.tokens - key < kChunk ? head.tokens - key : kChunk;
-      over_parts<Form, T>(queries, [&](auto kernel, int64_t part, int64_t, int64_t count) {
-        kernel.take_chunk(layout, scratch, part, key, keys, count, scale, settled);
-      });
-      const int64_t rows = round_up(keys, Form::kKeyRows), at = key * layout.columns;
-      Form::add_rows(rows, scratch.p, scratch.grad_pairs, layout.columns, steps, begin == 0, scratch.dv + at);
-      Form::add_rows(rows, scratch.ds, scratch.q_pairs, layout.columns, steps, begin == 0, scratch.dk + at);
-    }
-    over_parts<Form, T>(queries, [&](auto kernel, int64_t part, int64_t first, int64_t count) {
-      kernel.finish(head, layout, scratch, part, begin + first, count);
-    });
+  // the first block writes the sums of all keys that others add to, if it sees them
+  const bool whole = !scores.windowed() && group.queries > 0;
+  if (!whole) {
+    memset(static_cast<void*>(scratch.dk), 0, layout.keys * layout.columns * sizeof(float));
+    memset(static_cast<void*>(scratch.dv), 0, layout.keys * layout.columns * sizeof(float));
   }
-  write_rows(scratch.dk, layout.columns, head.tokens, head.head_dim, set1(head.scale), static_cast<T*>(head.dk), head.out_stride);
-  write_rows(scratch.dv, layout.columns, head.tokens, head.head_dim, set1(1.0f), static_cast<T*>(head.dv), head.out_stride);
+  for (int64_t h = 0; h < group.heads; ++h) {
+    const HeadBwd<T> head{{static_cast<const T*>(group.q) + h * group.q_head_stride, group.q_stride},
+                            {static_cast<const T*>(group.grad) + h * group.grad_head_stride, group.grad_stride},
+                            {static_cast<const T*>(group.out) + h * group.o_head_stride, group.o_stride},
+                            group.lse + h * group.lse_head_stride,
+                            static_cast<T*>(group.dq) + h * group.dq_head_stride};
+    for (int64_t n = 0; n < scores.without_keys(); ++n)
+      memset(static_cast<void*>(head.dq + n * group.dq_stride), 0, group.head_dim * sizeof(T));
+    for (int64_t begin = scores.without_keys(); begin < group.queries; begin += kQueries) {
+      const int64_t queries = group.queries - begin < kQueries ? group.queries - begin : kQueries;
+      const Rows<T> q = turned(head.q, group.rotate_q, begin, begin + queries, group.head_dim, room.queries);
+      const Rows<T> grad{head.grad.at + begin * head.grad.stride, head.grad.stride};
+      bool settled = scores.scale.before != 1;
+      for (int64_t i = 0; i < kQueries; ++i) {
+        const int64_t n = begin + i;
+        const float lse = i < queries ? to_float(head.lse + n) : 0.0f;
+        settled |= !(__builtin_fabsf(lse) <= kMaxLse<T>);
+        scratch.shift[i] = lse * kLog2e;
+        scratch.delta[i] = i < queries ? dot(grad.at + i * grad.stride, head.out.at + n * head.out.stride, group.head_dim) : 0.0f;
+      }
+      const int64_t steps = round_up(queries, Form::kStep) / pair;
+      pack_rows<Maths>(q.at, q.stride, queries, group.head_dim, steps * pair, layout.columns, scratch.q_pairs);
+      pack_rows<Maths>(grad.at, grad.stride, queries, group.head_dim, steps * pair, layout.columns, scratch.grad_pairs);
+      // calls body with each Part of the block, and its first query's place in the block
+      const auto over_parts = [&](auto body) {
+        for (int64_t part = 0; part * Form::kLanes < queries; ++part) {
+          const int64_t first = part * Form::kLanes, left = queries - first, count = left < Form::kLanes ? left : Form::kLanes;
+          Form::over_vectors((count + kWidth - 1) / kWidth, [&](auto n) {
+            body(Part<Form, decltype(n)::value, T>{group, scores, layout, scratch, part, begin + first, begin + first + count}, first);
+          });
+        }
+      };
+      over_parts([&](auto part, int64_t first) {
+        part.pack({q.at + first * q.stride, q.stride}, {grad.at + first * grad.stride, grad.stride});
+        if (settled) part.settle();
+      });
+      const Range seen = scores.seen(begin, begin + queries, Form::kStep);
+      for (int64_t key = seen.begin; key < seen.end; key += kChunk) {
+        const Range keys{key, seen.end - key < kChunk ? seen.end : key + kChunk};
+        over_parts([&](auto part, int64_t) { part.take_chunk(keys, key == seen.begin, settled); });
+        const int64_t rows = round_up(keys.end - key, Form::kKeyRows), at = key * layout.columns;
+        const bool first = whole && h == 0 && begin == 0;
+        Form::add_rows(rows, scratch.p, scratch.grad_pairs, layout.columns, steps, first, scratch.dv + at);
+        Form::add_rows(rows, scratch.ds, scratch.q_pairs, layout.columns, steps, first, scratch.dk + at);
+      }
+      over_parts([&](auto part, int64_t) { part.finish(head, room); });
+    }
+  }
+  if (group.rotate_k.cos != nullptr)
+    for (int64_t n = 0; n < group.keys; ++n) turn_back(scratch.dk + n * layout.columns, group.rotate_k, n, group.head_dim);
+  write_rows(scratch.dk, layout.columns, group.keys, group.head_dim, set1(group.scores.scale), static_cast<T*>(group.dk), group.dkv_stride);
+  write_rows(scratch.dv, layout.columns, group.keys, group.head_dim, set1(1.0f), static_cast<T*>(group.dv), group.dkv_stride);
 }
 
 #if VLMKERN_TILES
@@ -281,26 +330,27 @@ using Bf16Form = VectorForm<Bf16Pairs>;
 using Bf16Form = VectorForm<Float32>;
 #endif
 
-template <class Form>
-int64_t words_of(int64_t tokens, int64_t head_dim) {
-  return Scratch<Form>().place({tokens, head_dim}, nullptr);
+template <class Form, typename T>
+int64_t words_of(int64_t keys, int64_t head_dim, bool rotates) {
+  return Scratch<Form>().place({keys, head_dim}, nullptr) + (rotates ? Turned<T>::words(keys, Form::kQueries, head_dim) : 0);
 }
 
-size_t scratch_bytes(DType dtype, int64_t tokens, int64_t head_dim) {
-  return sizeof(float) * (dtype == DType::bf16 ? words_of<Bf16Form>(tokens, head_dim) : words_of<VectorForm<Float32>>(tokens, head_dim));
+size_t scratch_bytes(DType dtype, int64_t keys, int64_t head_dim, bool rotates) {
+  if (dtype == DType::bf16) return sizeof(float) * words_of<Bf16Form, bf16>(keys, head_dim, rotates);
+  return sizeof(float) * words_of<VectorForm<Float32>, float>(keys, head_dim, rotates);
 }
 
-void run_head(const AttentionHeadBwd& head, void* scratch) {
-  switch (head.dtype) {
-    case DType::f32: return differentiate<VectorForm<Float32>, float>(head, scratch);
-    case DType::bf16: return differentiate<Bf16Form, bf16>(head, scratch);
-    case DType::f16: return differentiate<VectorForm<Float32>, f16>(head, scratch);
+void run_group(const AttentionGroupBwd& group, void* scratch) {
+  switch (group.dtype) {
+    case DType::f32: return differentiate<VectorForm<Float32>, float>(group, scratch);
+    case DType::bf16: return differentiate<Bf16Form, bf16>(group, scratch);
+    case DType::f16: return differentiate<VectorForm<Float32>, f16>(group, scratch);
   }
 }
 
 }  // namespace
 
-extern const AttentionBwdKernel attention_bwd_kernel{scratch_bytes, run_head};
+extern const AttentionBwdKernel attention_bwd_kernel{scratch_bytes, run_group};
 
 }  // namespace VLMKERN_ISA
 }  // namespace vlmkern

@@ -1,11 +1,12 @@
-// Non-causal attention of one head: softmax(scale * Q K^T) V over one segment, with the online softmax of softmax.h.
+// Attention of the heads that share keys and values, over one sequence, with the online softmax of softmax.h.
 //
 // Queries lie in the SIMD lanes: S^T = K Q^T and O^T = V^T P^T are computed as tiles of 8 rows (keys, then channels)
 // times up to three vectors of queries, so the head dimension is only ever broadcast. It needs no padding to a
 // vector's width (72 = 9 * 8), and maximum, exponential and sum run down the lanes without a horizontal step.
 //
-// Per (head, block of queries): 4 * tokens * queries * head_dim FLOPs. Scratch traffic stays in L1 and L2: keys go by
-// in chunks, and a chunk's scores, the block's queries and its output sums are 50 KB at D = 72.
+// Per (head, block of queries): 4 * keys * queries * head_dim FLOPs, of the keys from the first to the last that one of the
+// queries sees; those on the way that others do not see are scored -inf. Scratch traffic stays in L1 and L2: keys go by in
+// chunks, and a chunk's scores, the block's queries and its output sums are 50 KB at D = 72.
 //
 // bfloat16 with AVX512_BF16 multiplies pairs of neighbours (along the head dimension, then along the keys) with
 // vdpbf16ps, with AMX tiles of them, see tile_products.h; everything else is widened to float32 when packed. Sums, scores
@@ -63,14 +64,15 @@ struct VectorProducts {
   using Registers = NoRegisters;
   static constexpr int kChunk = 256;  // bf16 at D = 72 on Zen 5: 128 keys 377 GFLOP/s, 256 412, 384 411
   static constexpr int64_t kBlock = kMaxVectors * kWidth;
+  static constexpr int64_t kStep = kGroup;
 
-  int64_t tokens, head_dim;
-  int64_t head_words, channels, keys;  // words of a q or k row; padded channels; padded keys
+  int64_t keys, head_dim;
+  int64_t head_words, channels, padded_keys;  // words of a q or k row
   float *k, *v, *q, *rows, *s, *p, *o;
 
-  VectorProducts(int64_t tokens, int64_t head_dim, float* memory)
-      : tokens(tokens), head_dim(head_dim), head_words((head_dim + Maths::pair - 1) / Maths::pair), channels(round_up(head_dim, kGroup)),
-        keys(round_up(tokens, kGroup)) {
+  VectorProducts(int64_t keys, int64_t head_dim, float* memory)
+      : keys(keys), head_dim(head_dim), head_words((head_dim + Maths::pair - 1) / Maths::pair), channels(round_up(head_dim, kGroup)),
+        padded_keys(round_up(keys, kGroup)) {
     place(memory);
   }
 
@@ -82,8 +84,8 @@ struct VectorProducts {
       taken += round_up(words, 16);  // each part starts on a cache line
       return here;
     };
-    k = take(keys * head_words);
-    v = take(keys / Maths::pair * channels);
+    k = take(padded_keys * head_words);
+    v = take(padded_keys / Maths::pair * channels);
     q = take(head_words * kBlock);
     rows = take(kWidth * head_words);
     s = take(kChunk * kBlock);
@@ -91,7 +93,7 @@ struct VectorProducts {
     o = take(channels * kBlock);
     return taken;
   }
-  static int64_t words(int64_t tokens, int64_t head_dim) { return VectorProducts(tokens, head_dim, nullptr).place(nullptr); }
+  static int64_t words(int64_t keys, int64_t head_dim) { return VectorProducts(keys, head_dim, nullptr).place(nullptr); }
   static int64_t padded(int64_t count) { return count; }
 
   template <class Body>
@@ -102,8 +104,8 @@ struct VectorProducts {
 
   template <typename T>
   void pack_keys(const T* from_k, int64_t k_stride, const T* from_v, int64_t v_stride) const {
-    pack_words<Maths>(from_k, k_stride, tokens, head_dim, keys, head_words, k);
-    pack_rows<Maths>(from_v, v_stride, tokens, head_dim, keys, channels, v);
+    pack_words<Maths>(from_k, k_stride, keys, head_dim, padded_keys, head_words, k);
+    pack_rows<Maths>(from_v, v_stride, keys, head_dim, padded_keys, channels, v);
   }
   template <int vectors, typename T>
   void pack_queries(const T* from, int64_t stride, int64_t count, uint32_t flipped_bits) const {
@@ -114,8 +116,8 @@ struct VectorProducts {
     VLMKERN_ISA::score<Maths, vectors>(k + key * head_words, head_words, count, q, s, highest);
   }
   template <int vectors>
-  void accumulate(int64_t key, int64_t count, const Vec (&rescale)[vectors]) const {
-    add_values<Maths, vectors>(v + key / Maths::pair * channels, channels, (count + Maths::pair - 1) / Maths::pair, p, key == 0, rescale, o);
+  void accumulate(int64_t key, int64_t count, bool first, const Vec (&rescale)[vectors]) const {
+    add_values<Maths, vectors>(v + key / Maths::pair * channels, channels, (count + Maths::pair - 1) / Maths::pair, p, first, rescale, o);
   }
 };
 
@@ -127,22 +129,23 @@ using Bf16Products = VectorProducts<Bf16Pairs>;
 using Bf16Products = VectorProducts<Float32>;
 #endif
 
-size_t scratch_bytes(DType dtype, int64_t tokens, int64_t head_dim) {
-  const int64_t words = dtype == DType::bf16 ? Bf16Products::words(tokens, head_dim) : VectorProducts<Float32>::words(tokens, head_dim);
-  return words * sizeof(float);
+size_t scratch_bytes(DType dtype, int64_t keys, int64_t head_dim, bool rotates) {
+  const int64_t words = dtype == DType::bf16 ? Bf16Products::words(keys, head_dim) : VectorProducts<Float32>::words(keys, head_dim);
+  const int64_t few = FewQueries<float>::words(head_dim);
+  return ((words > few ? words : few) + (rotates ? rotation_words(keys, head_dim) : 0)) * sizeof(float);
 }
 
-void run_head(const AttentionHead& head, void* scratch) {
-  switch (head.dtype) {
-    case DType::f32: return attend<VectorProducts<Float32>, float>(head, scratch);
-    case DType::bf16: return attend<Bf16Products, bf16>(head, scratch);
-    case DType::f16: return attend<VectorProducts<Float32>, f16>(head, scratch);
+void run_group(const AttentionGroupFwd& group, void* scratch) {
+  switch (group.dtype) {
+    case DType::f32: return attend<VectorProducts<Float32>, float>(group, scratch);
+    case DType::bf16: return attend<Bf16Products, bf16>(group, scratch);
+    case DType::f16: return attend<VectorProducts<Float32>, f16>(group, scratch);
   }
 }
 
 }  // namespace
 
-extern const AttentionFwdKernel attention_fwd_kernel{scratch_bytes, run_head};
+extern const AttentionFwdKernel attention_fwd_kernel{scratch_bytes, run_group};
 
 }  // namespace VLMKERN_ISA
 }  // namespace vlmkern

@@ -28,9 +28,9 @@ struct TileForm {
   static void pack_keys(const Layout<TileForm>& layout, const bf16* k, int64_t stride, int64_t tokens, int64_t head_dim, float* to) {
     pack_transposed(k, stride, tokens, head_dim, layout.keys / kStep, to);
   }
-  template <int vectors, bool settled>
-  static void weigh(const Layout<TileForm>& layout, const Scratch<TileForm>& scratch, int64_t part, int64_t key_begin, int64_t count,
-                    int64_t queries, Scale parts) {
+  template <int vectors, class Weights>
+  static void weigh(const Layout<TileForm>& layout, const Scratch<TileForm>& scratch, int64_t part, Range keys, const Weights& weights) {
+    const int64_t key_begin = keys.begin, count = keys.end - keys.begin;
     const int64_t rows = round_up(count, kStep), words = layout.head_words, at = part * words * kLanes;
     for (int64_t key = 0; key < rows; key += kStep) {
       const int64_t row = (key_begin + key) * words;
@@ -39,9 +39,6 @@ struct TileForm {
       tile_product<2, 2>(scratch.values + row, kTile * words, kTile, words, scratch.grad_lanes + at, kTile * kLanes, kLanes, words / kTile,
                          true, scratch.slopes + key * kLanes, kLanes);
     }
-    const float *shifts = scratch.shift + part * kLanes, *inverse = scratch.inverse + part * kLanes, *delta = scratch.delta + part * kLanes;
-    const Vec before = set1(parts.before), scale = set1(parts.after * kLog2e);
-    const Present<vectors> present(queries);
     float *const ds_words = ds_part(scratch, part);
     for (int64_t key = 0; key < rows; key += 2) {
       for (int j = 0; j < vectors; ++j) {
@@ -50,9 +47,9 @@ struct TileForm {
           const int64_t from = (key + r) * kLanes + j * kWidth, to = ((key + r) * kQueries + part * kLanes + j * kWidth) / 2;
           p[r] = ds[r] = set1(0.0f);
           if (key + r < count) {
-            const Vec weight = weight_of<Maths, settled>(load(scratch.scores + from), load(shifts + j * kWidth), load(inverse + j * kWidth), before, scale);
-            p[r] = present.kept(weight, j);
-            ds[r] = present.kept(p[r] * (load(scratch.slopes + from) - load(delta + j * kWidth)), j);
+            const Weight weight = weights.of(load(scratch.scores + from), key + r, j);
+            p[r] = weight.p;
+            ds[r] = weights.gradient(weight, load(scratch.slopes + from), j);
           }
           store_halves(scratch.p + to, p[r]);
           store_halves(scratch.ds + to, ds[r]);
@@ -62,9 +59,9 @@ struct TileForm {
     }
   }
   template <int vectors>
-  static void add_dq(const Layout<TileForm>& layout, const Scratch<TileForm>& scratch, int64_t part, int64_t key, int64_t count) {
-    add_transposed(scratch.key_pairs + key / kStep * kTileWords, layout.keys / kStep * kTileWords, layout.channels / kTile,
-                   ds_part(scratch, part), round_up(count, kStep) / kStep, key == 0, scratch.dq + part * layout.channels * kLanes);
+  static void add_dq(const Layout<TileForm>& layout, const Scratch<TileForm>& scratch, int64_t part, Range keys, bool first) {
+    add_transposed(scratch.key_pairs + keys.begin / kStep * kTileWords, layout.keys / kStep * kTileWords, layout.channels / kTile,
+                   ds_part(scratch, part), round_up(keys.end - keys.begin, kStep) / kStep, first, scratch.dq + part * layout.channels * kLanes);
   }
   static void add_rows(int64_t rows, const float* weights, const float* b, int64_t columns, int64_t words, bool first, float* sums) {
     constexpr int64_t kRow = kWeightRow<TileForm>;

@@ -55,16 +55,16 @@ struct TileProducts {
   static constexpr int64_t kStep = 2 * kTile;  // keys or channels of a step
   static_assert(kWidth == kTile);
 
-  int64_t tokens, head_dim;
+  int64_t keys, head_dim;
   int64_t head_steps, head_words, channel_tiles, key_steps;
   float *k, *v, *q, *rows, *s, *p, *o;
 
-  TileProducts(int64_t tokens, int64_t head_dim, float* memory) : tokens(tokens), head_dim(head_dim) { place(memory); }
+  TileProducts(int64_t keys, int64_t head_dim, float* memory) : keys(keys), head_dim(head_dim) { place(memory); }
 
   // returns the words taken
   int64_t place(float* memory) {
     head_steps = (head_dim + kStep - 1) / kStep, head_words = head_steps * kTile;
-    channel_tiles = (head_dim + kTile - 1) / kTile, key_steps = (tokens + kStep - 1) / kStep;
+    channel_tiles = (head_dim + kTile - 1) / kTile, key_steps = (keys + kStep - 1) / kStep;
     int64_t taken = 0;
     auto take = [&](int64_t words) {
       float* here = memory == nullptr ? nullptr : memory + taken;
@@ -80,7 +80,7 @@ struct TileProducts {
     o = take(channel_tiles * kTile * kLanes);
     return taken;
   }
-  static int64_t words(int64_t tokens, int64_t head_dim) { return TileProducts(tokens, head_dim, nullptr).place(nullptr); }
+  static int64_t words(int64_t keys, int64_t head_dim) { return TileProducts(keys, head_dim, nullptr).place(nullptr); }
   static int64_t padded(int64_t count) { return round_up(count, kStep); }
 
   template <class Body>
@@ -89,8 +89,8 @@ struct TileProducts {
   }
 
   void pack_keys(const bf16* from_k, int64_t k_stride, const bf16* from_v, int64_t v_stride) const {
-    pack_words<Maths>(from_k, k_stride, tokens, head_dim, key_steps * kStep, head_words, k);
-    pack_transposed(from_v, v_stride, tokens, head_dim, key_steps, v);
+    pack_words<Maths>(from_k, k_stride, keys, head_dim, key_steps * kStep, head_words, k);
+    pack_transposed(from_v, v_stride, keys, head_dim, key_steps, v);
   }
   template <int vectors>
   void pack_queries(const bf16* from, int64_t stride, int64_t count, uint32_t flipped_bits) const {
@@ -107,14 +107,14 @@ struct TileProducts {
       for (int j = 0; j < vectors; ++j) store(s + (n * vectors + j) * kWidth, set1(-kInfinity));
   }
   template <int vectors>
-  void accumulate(int64_t key, int64_t count, const Vec (&rescale)[vectors]) const {
-    if (key > 0)
+  void accumulate(int64_t key, int64_t count, bool first, const Vec (&rescale)[vectors]) const {
+    if (!first)
       for (int64_t c = 0; c < channel_tiles * kTile; ++c)
         for (int j = 0; j < vectors; ++j) {
           float* at = o + (c * vectors + j) * kWidth;
           store(at, load(at) * rescale[j]);
         }
-    add_transposed(v + key / kStep * kTileWords, key_steps * kTileWords, channel_tiles, p, padded(count) / kStep, key == 0, o);
+    add_transposed(v + key / kStep * kTileWords, key_steps * kTileWords, channel_tiles, p, padded(count) / kStep, first, o);
   }
 };
 

@@ -43,19 +43,15 @@ struct PoolHeads {
   void* context;        // dense [windows, heads * value_dim]
   int64_t heads, key_dim, value_dim;
   float scale;
-  int64_t begin, end;  // at most kPoolVectors vectors of windows
+  int64_t begin, end;  // windows
   int64_t head_begin, head_end;
 };
 
-// Vectors of windows that share a pass over the weights, whose streaming costs 6 vectors (784 windows, 16 heads of 72, Zen 5)
-// 63 ms in float32 where 9 take 58.7, 12 57.0, 17 53.5 and 24 53.0; in bfloat16 27.7, 26.8, 28.4, 24.5 and 25.2.
-constexpr int64_t kPoolVectors = 18;
-
 // Some heads of some windows; blocks of windows are multiples of `lanes`, but for the last.
 struct PoolHeadsKernel {
-  int64_t lanes;  // windows per vector
-  // bytes, 64-byte aligned, for windows of `size` slots
-  size_t (*scratch)(DType, int64_t size, int64_t heads, int64_t key_dim, int64_t value_dim);
+  int64_t lanes;                        // windows per vector
+  int64_t (*most)(DType);               // windows of a block, at most
+  size_t (*scratch)(const PoolHeads&);  // bytes, 64-byte aligned, for any `most` windows and as many heads
   void (*run)(const PoolHeads&, void* scratch);
 };
 
@@ -71,8 +67,9 @@ struct PoolSlotsKernel {
 
 struct PoolSlotsBwd;
 
-// Windows begin to end of all. Scratch: 2 floats per head and slot of a window.
+// Windows begin to end of all.
 struct PoolSlotsBwdKernel {
+  size_t (*scratch)(const PoolSlotsBwd&);  // bytes, 64-byte aligned
   void (*run)(const PoolSlotsBwd&, int64_t begin, int64_t end, void* scratch);
 };
 

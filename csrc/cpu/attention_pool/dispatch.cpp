@@ -135,10 +135,11 @@ void attention_pool_context(const AttentionPool& p, const void* q, const void* w
   // slots again). How the work is cut changes no result: each window and head is computed by itself, in the same order.
   const int64_t lanes = kernel.lanes, vectors = windows_of(p.windows, lanes);
   threads = usable_threads(threads);
-  int64_t blocks = windows_of(vectors, kPoolVectors);
+  int64_t blocks = windows_of(p.windows, kernel.most(p.dtype));
   if (blocks > threads / 2) blocks = std::min(vectors, windows_of(blocks, threads) * threads);
   const int64_t shares = std::clamp<int64_t>(threads / blocks, 1, heads);
-  const size_t scratch = kernel.scratch(p.dtype, all.windows.size, windows_of(heads, shares), key_dim, value_dim);
+  all.begin = all.end = all.head_begin = 0, all.head_end = windows_of(heads, shares);
+  const size_t scratch = kernel.scratch(all);
   over_units(blocks * shares, threads, scratch, [&](int64_t unit, void* mine) {
     const int64_t block = unit / shares, share = unit % shares;
     PoolHeads task = all;
@@ -182,8 +183,7 @@ void attention_pool_slots_bwd(const PoolSlotsBwd& task, int threads, const Exten
     extents.require_reach(2 + i, "vectors[" + std::to_string(i / 2) + "]", task.windows * task.width);
   }
   const PoolSlotsBwdKernel& kernel = kernels().pool_slots_bwd_kernel;
-  const size_t scratch = 2 * task.heads * task.size * sizeof(float);
-  over_units(windows_of(task.windows, kWindowsPerUnit), threads, scratch, [&](int64_t unit, void* mine) {
+  over_units(windows_of(task.windows, kWindowsPerUnit), threads, kernel.scratch(task), [&](int64_t unit, void* mine) {
     kernel.run(task, unit * kWindowsPerUnit, std::min(task.windows, (unit + 1) * kWindowsPerUnit), mine);
   });
 }

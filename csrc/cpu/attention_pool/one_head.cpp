@@ -1,5 +1,9 @@
 // Attention pooling with one head, whose query comes projected into the slots' space: scores and pooled slots are products of
 // vectors, channels in the lanes. Per window: 4 * channels * slots FLOPs, and each slot is read twice.
+//
+// There is no form for AMX: one row of 16 and a window's columns are a sixteenth of a tile. 4 windows of 4 slots by 2304 channels are
+// 72 products of 16 cycles, as many as vectors take to multiply, and the slots would have to be transposed first, 80 cycles for each
+// product. Memory, at 16 GB/s, gives these slots in 4.6 us, 16,000 cycles.
 #include "cpu/attention_pool/attention_pool.h"
 
 #include "cpu/attention_pool/slots.h"

@@ -9,6 +9,7 @@ namespace VLMKERN_ISA {
 namespace {
 
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t greatest(int64_t a, int64_t b) { return a < b ? b : a; }
 
 // One hidden state's part of a slot, from some channel on.
 template <typename T>

@@ -26,6 +26,7 @@ class KVCache:
     ) -> None:
         if batch < 0 or max_len < 0:
             raise ValueError(f"batch, max_len: got {batch}, {max_len}, expected sizes of at least 0")
+        # a head's tokens are neighbours, as decoding reads them
         shape = (config.num_layers, batch, config.num_kv_heads, max_len, config.head_dim)
         self._keys = torch.empty(shape, dtype=dtype, device=device)
         self._values = torch.empty(shape, dtype=dtype, device=device)
@@ -70,8 +71,9 @@ class KVCache:
         self.length += tokens
 
     def update(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Stores the newest keys and values [B, H, S, D] of a layer; returns all of them, [B, H, length, D]."""
-        start = self.length - keys.shape[2]
-        self._keys[layer, :, :, start : self.length] = keys
-        self._values[layer, :, :, start : self.length] = values
-        return self._keys[layer, :, :, : self.length], self._values[layer, :, :, : self.length]
+        """Stores the newest keys and values [B, S, H, D] of a layer; returns all of them, [B, length, H, D]."""
+        start = self.length - keys.shape[1]
+        all_keys, all_values = (t[layer, :, :, : self.length].transpose(1, 2) for t in (self._keys, self._values))
+        all_keys[:, start:] = keys
+        all_values[:, start:] = values
+        return all_keys, all_values

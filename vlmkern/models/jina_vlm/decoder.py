@@ -13,7 +13,7 @@ from .config import TextConfig
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) in float32, cast to the dtype of x, times the weight."""
+    """x / rms(x) times the weight, in float32, rounded once."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
@@ -21,8 +21,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        return self.weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+        return ops.rms_norm(x, self.weight, eps=self.eps)
 
 
 class ExtendedEmbedding(nn.Module):
@@ -52,33 +51,46 @@ def token_positions(mask: Tensor, real_before: Tensor | int = 0) -> Tensor:
 
 
 def rotary_tables(positions: Tensor, config: TextConfig, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosines and sines [B, 1, S, head_dim] of positions [B, S], computed in float32 (or `dtype`, if wider)."""
+    """Cosines and sines [B, S, 1, head_dim] of positions [B, S], computed in float32 (or `dtype`, if wider)."""
     dtype = torch.promote_types(dtype, torch.float32)
     exponents = torch.arange(0, config.head_dim, 2, dtype=dtype, device=positions.device) / config.head_dim
-    angles = positions[:, None, :, None].to(dtype) * config.rope_theta**-exponents
+    angles = positions[:, :, None, None].to(dtype) * config.rope_theta**-exponents
     angles = torch.cat([angles, angles], dim=-1)
     return angles.cos(), angles.sin()
 
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates pairs (j, j + head_dim / 2) of x [B, H, S, head_dim]."""
+    """Rotates pairs (j, j + head_dim / 2) of x [B, S, H, head_dim]."""
     first, second = x.chunk(2, dim=-1)
     return (x * cos + torch.cat([-second, first], dim=-1) * sin).to(x.dtype)
 
 
-def grouped_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """Grouped-query attention of q [B, H, S, D] over k, v [B, Hkv, K, D] with mask [B, 1, S, K] (true = attend) or,
-    for S == K, None = causal, for S == 1, None = all."""
-    batch, heads, tokens, dim = q.shape
-    kv_heads = k.shape[1]
-    if tokens == 1:
-        # one product per kv head reads the cache once for all its query heads; on CPU, SDPA takes ten times as long
-        scores = (q.view(batch, kv_heads, heads // kv_heads, dim) @ k.mT) * dim**-0.5
-        if mask is not None:
-            scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
-        p = scores.softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype)
-        return (p @ v).view(batch, heads, 1, dim)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
+Real = list[tuple[slice | Tensor, slice | Tensor]]
+"""For each sequence the rows of its real tokens among the newest, and among all."""
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, real: Real | None) -> Tensor:
+    """Causal grouped-query attention of q [B, S, H, D], the newest tokens, over k and v [B, K, H_kv, D], all of them.
+    With `real`, other tokens take part in nothing and get 0."""
+    if real is None:
+        return ops.attention(q, k, v, causal=True)
+    out = torch.zeros_like(q, memory_format=torch.contiguous_format)
+    for b, (rows, all_rows) in enumerate(real):
+        out[b, rows] = ops.attention(q[b : b + 1, rows], k[b : b + 1, all_rows], v[b : b + 1, all_rows], causal=True)[0]
+    return out
+
+
+def real_tokens(mask: Tensor, tokens: int) -> Real:
+    """Of a mask [B, K] over all tokens, whose last S = `tokens` are the newest. Padding at the start alone, as batches
+    have it, leaves views; holes do not."""
+    rows: Real = []
+    for row, count in zip(mask, mask.sum(1).tolist(), strict=True):
+        length = len(row)
+        if bool(row[length - count :].all()):
+            rows.append((slice(max(0, tokens - count), tokens), slice(length - count, length)))
+        else:
+            rows.append((row[length - tokens :].nonzero()[:, 0], row.nonzero()[:, 0]))
+    return rows
 
 
 class DecoderAttention(nn.Module):
@@ -101,20 +113,18 @@ class DecoderAttention(nn.Module):
         self,
         x: Tensor,
         rotary: tuple[Tensor, Tensor],
-        mask: Tensor | None,
+        real: Real | None,
         cache: KVCache | None,
         residual: Tensor,
     ) -> Tensor:
         """x [B, S, C] -> attention's output added to `residual` [B, S, C]."""
         qkv = ops.linear(x, self.qkv_w.weight, torch.cat([self.q_b, self.k_b, self.v_b]))
         q, k, v = (t.unflatten(-1, (-1, self.config.head_dim)) for t in qkv.split(self.sizes, dim=-1))
-        q = apply_rotary(self.q_lnorm(q).transpose(1, 2), *rotary)
-        k = apply_rotary(self.k_lnorm(k).transpose(1, 2), *rotary)
-        v = v.transpose(1, 2)
+        q, k = apply_rotary(self.q_lnorm(q), *rotary), apply_rotary(self.k_lnorm(k), *rotary)
         if cache is not None:
             k, v = cache.update(self.layer, k, v)
-        attended = grouped_attention(q, k, v, mask).transpose(1, 2).flatten(2)
-        return ops.linear(attended, self.out.weight, residual=residual)
+        attended = causal_attention(q, k, v, real)
+        return ops.linear(attended.flatten(2), self.out.weight, residual=residual)
 
 
 class DecoderBlock(nn.Module):
@@ -127,8 +137,8 @@ class DecoderBlock(nn.Module):
         self.ffn_lnorm = RMSNorm(config.hidden_size, config.norm_eps)
         self.ffn = SwiGLUMLP(config.hidden_size, config.mlp_size)
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None, cache: KVCache | None) -> Tensor:
-        x = self.attn(self.attn_lnorm(x), rotary, mask, cache, residual=x)
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], real: Real | None, cache: KVCache | None) -> Tensor:
+        x = self.attn(self.attn_lnorm(x), rotary, real, cache, residual=x)
         return x + self.ffn(self.ffn_lnorm(x))
 
 
@@ -148,19 +158,19 @@ class Decoder(nn.Module):
         batch, tokens = embeds.shape[:2]
         if mask is not None and bool(mask.all()):
             mask = None
-        past, key_mask, before = 0, mask, 0
+        key_mask, before = mask, 0
         if cache is not None:
-            past, before = cache.length, cache.real_tokens if cache.mask is not None else cache.length
+            before = cache.real_tokens if cache.mask is not None else cache.length
             cache.begin(batch, tokens, mask)
             key_mask = cache.mask
         if mask is None:
             mask = torch.ones(batch, tokens, dtype=torch.bool, device=embeds.device)
         positions = token_positions(mask, before)
-        attention_mask = _attention_mask(tokens, past, key_mask, embeds.device)
+        real = None if key_mask is None else real_tokens(key_mask, tokens)
         rotary = rotary_tables(positions, self.config, embeds.dtype)
         x = embeds
         for block in self.layers:
-            x = block(x, rotary, attention_mask, cache)
+            x = block(x, rotary, real, cache)
         return self.ln_f(x)
 
 
@@ -172,16 +182,3 @@ class LanguageHead(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         return ops.linear(x, self.weight)
-
-
-def _attention_mask(tokens: int, past: int, key_mask: Tensor | None, device: torch.device) -> Tensor | None:
-    """What `grouped_attention` takes: None where plain causal attention says it all, else [B or 1, 1, S, K]."""
-    if key_mask is None and (past == 0 or tokens == 1):
-        return None
-    row = torch.arange(past, past + tokens, device=device).view(-1, 1)
-    column = torch.arange(past + tokens, device=device)
-    allowed = (column <= row)[None, None]
-    if key_mask is None:
-        return allowed
-    # padded rows attend to themselves: their result is not used, but must not be NaN
-    return allowed & (key_mask[:, None, None, :] | (column == row))

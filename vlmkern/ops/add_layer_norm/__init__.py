@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from ...dispatch import checks, choice, library
-from . import reference
+from . import native, reference
 from .problem import AddLayerNorm, AddLayerNormGradient
 
 
@@ -113,7 +113,7 @@ _op, _op_bwd = library.define_with_gradient(
     "add_layer_norm",
     library.Form(AddLayerNorm, "(Tensor normed, Tensor summed)", _check, _fake),
     library.Form(AddLayerNormGradient, "Tensor[]", _check_bwd, _fake_bwd),
-    providers={"reference": reference, "triton": _triton},
+    providers={"reference": reference, "native": native, "triton": _triton},
     setup_context=_setup_context,
     backward=_backward,
 )

@@ -1,4 +1,4 @@
-"""Attention pooling on CPU: torch's projections around the C++ kernels of csrc/cpu/attention_pool/forward.cpp.
+"""Attention pooling on CPU: torch's projections around the C++ kernels of csrc/cpu/attention_pool/heads.h.
 
 Keys are never made, and values are pooled before they are projected: reference.py has the plain form, the C++ source
 the algebra.

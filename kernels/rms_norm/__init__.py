@@ -1,0 +1,1 @@
+"""A residual sum and the RMS norm of it, forwards and backwards."""
