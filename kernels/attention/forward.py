@@ -182,7 +182,8 @@ def attention_fwd_kernel(
     b_acc, b_max, b_sum = softmax
     b_out = [b / b_sum[:, None] for b in b_acc]
     m_any = None
-    if right is not None or tokens_k is not None:
+    # of as many keys as queries, each sees its own at least
+    if tokens_k is not None:
         m_any = sees_any(o_query, window)
         b_out = [tl.where(m_any[:, None], b, 0.0) for b in b_out]
     store_rows(dense_rows(p_out, dense, head, i_query, D, PACKED), b_out, COLUMNS, BLOCK_M)

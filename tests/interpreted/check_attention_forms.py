@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from attention_forms import exact
 from attention_kernels import agree, dense, gradients, tables, triton_backend, variant
-from support import LOW_PRECISION, low_precision_close
+from support import low_precision_close
 
 from vlmkern import ops
 from vlmkern.kernels.attention import scores
@@ -21,26 +21,26 @@ __all__ = ["triton_backend", "variant"]
 
 # one form each, of sizes that leave parts of blocks: queries, keys, heads, heads of keys, head dimension, options
 FORMS = {
-    "causal": (67, 67, 2, 2, 72, {"causal": True}),
+    "causal": (67, 67, 1, 1, 72, {"causal": True}),
     "causal_end": (37, 103, 1, 1, 16, {"causal": True}),
     "causal_more_queries": (103, 37, 1, 1, 16, {"causal": True}),
     "causal_one_query": (1, 77, 4, 2, 24, {"causal": True}),
-    "window": (131, 131, 1, 1, 16, {"window": (40, 7)}),
-    "window_left": (131, 131, 1, 1, 16, {"window": (70, -1)}),
-    "window_right": (131, 131, 1, 1, 16, {"window": (-1, 70)}),
-    "window_narrow": (100, 131, 1, 1, 16, {"window": (3, 2)}),
+    "window": (70, 101, 1, 1, 16, {"window": (40, 7)}),
+    "window_left": (101, 101, 1, 1, 16, {"window": (50, -1)}),
+    "window_right": (101, 101, 1, 1, 16, {"window": (-1, 50)}),
+    "window_narrow": (70, 101, 1, 1, 16, {"window": (3, 2)}),
     "window_beyond_all": (40, 50, 1, 1, 16, {"window": (2**40, 2**40)}),
-    "causal_window": (133, 150, 2, 1, 16, {"causal": True, "window": (64, -1)}),
+    "causal_window": (70, 101, 1, 1, 16, {"causal": True, "window": (64, -1)}),
     "own_key": (65, 65, 1, 1, 16, {"window": (0, 0)}),
-    "grouped": (40, 40, 6, 2, 80, {}),
-    "one_head_of_keys": (50, 60, 5, 1, 40, {}),
-    "grouped_window": (90, 90, 4, 2, 16, {"window": (33, 20)}),
-    "lengths": (33, 140, 2, 2, 24, {}),
+    "grouped": (35, 35, 4, 2, 80, {}),
+    "one_head_of_keys": (20, 40, 3, 1, 40, {}),
+    "grouped_window": (35, 90, 4, 2, 16, {"window": (33, 20)}),
+    "lengths": (20, 101, 2, 2, 24, {}),
     "fewer_keys": (70, 3, 2, 2, 16, {}),
     "softcap": (53, 53, 1, 1, 24, {"softcap": 5.0}),
     "softcap_negative_scale": (50, 50, 1, 1, 16, {"softcap": 2.0, "scale": -0.3}),
-    "wide_heads": (50, 70, 2, 1, 160, {"causal": True, "window": (30, -1)}),
-    "everything": (70, 120, 6, 2, 72, {"softcap": 4.0, "causal": True, "window": (60, -1), "scale": 0.2}),
+    "wide_heads": (35, 70, 1, 1, 160, {"causal": True, "window": (30, -1)}),
+    "everything": (34, 90, 4, 2, 72, {"softcap": 4.0, "causal": True, "window": (60, -1), "scale": 0.2}),
 }
 
 
@@ -66,9 +66,8 @@ def eager(q, k, v, scale=None, causal=False, window=(-1, -1), softcap=0.0):
 LOW = ("causal", "window", "window_narrow", "causal_window", "grouped_window", "fewer_keys", "wide_heads", "everything")
 
 
-@pytest.mark.parametrize("form", LOW)
-@pytest.mark.parametrize("dtype", LOW_PRECISION)
-def test_low_precision(variant, dtype, form):
+@pytest.mark.parametrize("form, dtype", [*((form, torch.bfloat16) for form in LOW), ("everything", torch.float16)])
+def test_low_precision(variant, form, dtype):
     """Of which blocks without edges have code of their own."""
     *sizes, options = FORMS[form]
     q, k, v = dense(*sizes, dtype=dtype)
@@ -87,7 +86,7 @@ def test_low_precision(variant, dtype, form):
 
 @pytest.mark.parametrize("keys", [0, 3])
 def test_queries_without_keys_give_zero(variant, keys):
-    q, k, v = dense(37, keys or 1, 2, 1, 16)
+    q, k, v = dense(37, keys or 1, 1, 1, 16)
     k, v = k[:, :keys], v[:, :keys]
     # not even what times zero would be no number
     v[..., 3] = torch.inf
@@ -108,8 +107,8 @@ def test_keys_that_no_query_sees_have_no_gradient(variant):
 
 
 def test_log_sum_exp(variant):
-    q, k, v = dense(50, 70, 4, 2, 24, batch=2)
-    rotary, rotary_k = tables(50, 12), tables(70, 12)
+    q, k, v = dense(20, 70, 2, 1, 24, batch=2)
+    rotary, rotary_k = tables(20, 12), tables(70, 12)
     _, lse = torch.ops.vlmkern.attention(q, k, v, 0.125, None, None, None, None, 30, 0, 3.0, *rotary, *rotary_k, False)
     options = {"window": (30, 0), "softcap": 3.0, "rotary": rotary, "rotary_k": rotary_k}
     torch.testing.assert_close(lse.double(), exact(q, k, v, scale=0.125, **options)[1], rtol=1e-5, atol=1e-5)
@@ -127,9 +126,9 @@ def test_scores_far_beyond_the_cap(variant, size):
 
 
 def test_bitwise_repeatable(variant):
-    q, k, v = dense(67, 90, 4, 2, 24)
+    q, k, v = dense(20, 40, 4, 2, 24)
     grad = torch.randn_like(q)
-    options = {"causal": True, "softcap": 3.0, "rotary": tables(67, 12), "rotary_k": tables(90, 12)}
+    options = {"causal": True, "softcap": 3.0, "rotary": tables(20, 12), "rotary_k": tables(40, 12)}
     first, again = (gradients(lambda *t: ops.attention(*t, **options), (q, k, v), grad) for _ in range(2))
     assert all(map(torch.equal, first, again))
 
