@@ -59,6 +59,9 @@ def test_everything_for_every_target(arch, dtype):
     found = launches(arch, 72, dtype, True, **FORMS["everything"])
     # k is turned for the forward, q and k for the gradients, and these back
     assert len(found) == 2 + 2 + 2 + 2
+    back = [launch.args[:2] for launch in found if launch.constants.get("BACK")]
+    # rounded once
+    assert [(x.dtype, turned.dtype) for x, turned in back] == [(torch.float32, dtype)] * 2
     for launch in found:
         compile_launch(launch, arch)
 

@@ -73,7 +73,7 @@ def _by_query(
     if NEGATED:
         b_s = -b_s
     if scores.steepness is not None:
-        b_s, b_slope = capped(b_s, scores.steepness)
+        b_s, b_slope = capped(b_s, scores.steepness, b_q[0].dtype == tl.float32)
     b_p = _probabilities(b_s * scores.scale - b_lse[:, None])
     if MASKED:
         b_p = tl.where(seen(o_query, i_key + tl.arange(0, BLOCK_N), scores.window), b_p, 0.0)
@@ -217,7 +217,7 @@ def _by_key(
     if NEGATED:
         b_s = -b_s
     if scores.steepness is not None:
-        b_s, b_slope = capped(b_s, scores.steepness)
+        b_s, b_slope = capped(b_s, scores.steepness, b_q[0].dtype == tl.float32)
     b_p = _probabilities(b_s * scores.scale - b_lse[None, :])
     if MASKED and (scores.window.before is not None or scores.window.after is not None):
         b_p = tl.where(seen(o_key, o_row, scores.window), b_p, 0.0)

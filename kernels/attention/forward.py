@@ -61,7 +61,7 @@ def _attend(
     if NEGATED:
         b_s = -b_s
     if scores.steepness is not None:
-        b_s, _ = capped(b_s, scores.steepness)
+        b_s, _ = capped(b_s, scores.steepness, b_q[0].dtype == tl.float32)
     if MASKED:
         b_s = tl.where(seen(o_query, i_key + tl.arange(0, BLOCK_N), scores.window), b_s, float("-inf"))
     b_max = tl.maximum(b_old_max, tl.max(b_s, 1))  # [BM]

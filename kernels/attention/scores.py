@@ -8,7 +8,7 @@ left out, and those alone are masked of which some row does not see some column.
 import triton
 import triton.language as tl
 
-from ..blocks import operands
+from ..blocks import constants, operands
 
 
 @triton.jit
@@ -73,9 +73,18 @@ def sees_any(o_row, window):
 
 
 @triton.jit
-def capped(b_s, steepness):
-    """tanh(b_s * steepness / (2 log2(e))), and its slope by what tanh is taken of."""
+def capped(b_s, steepness, EXACT: tl.constexpr):
+    """tanh(b_s * steepness / (2 log2(e))), and its slope by what tanh is taken of. The error of tanh is 1e-7, which the
+    cap multiplies, or if EXACT that share of it: near 0 float32 has more digits."""
     # (1 - tanh) / 2 of one exponential, whose overflow and underflow are the limits on both sides; of a difference from
     # tanh itself the slope would lose its digits
     b_rest = 1.0 / (1.0 + tl.exp2(b_s * steepness))
-    return 1.0 - 2.0 * b_rest, 4.0 * b_rest * (1.0 - b_rest)
+    b_tanh = 1.0 - 2.0 * b_rest
+    if EXACT:
+        # its series, to the eleventh power
+        b_x = b_s * (steepness * (0.5 * constants.LN_2))
+        b_square = b_x * b_x
+        b_series = 62 / 2835 - b_square * (1382 / 155925)
+        b_series = b_square * (2 / 15 - b_square * (17 / 315 - b_square * b_series)) - 1 / 3
+        b_tanh = tl.where(b_square < 0.125, b_x + b_x * b_square * b_series, b_tanh)
+    return b_tanh, 4.0 * b_rest * (1.0 - b_rest)
