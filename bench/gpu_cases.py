@@ -85,8 +85,22 @@ def op_entries(dtype: torch.dtype = torch.bfloat16) -> list[Entry]:
     attentions = [(CROPS, TOKENS, 72), (1, TOKENS, 72), (CROPS, _size(1025, 33), 64), (1, _size(3996, 40), 80)]
     pools = [(HEADS, 72, 72), (1, WIDTH, 2 * WIDTH)]
     linears = [(WIDTH, HIDDEN, "gelu_tanh"), (HIDDEN, WIDTH, "none")]
+    # a decoder's 1024 tokens of an image and 720 of text, with the heads of Qwen3 and of Gemma 2, and Qwen2-VL's tower
+    prefills = [(16, 8, 128, 0.0), (8, 4, 256, 50.0)]
+    prompt, images, patches = _size(1744, 40), _size(4, 2), _size(999, 20)
     return [
         *(Entry(f"attention {n}x{t}x{HEADS}x{d}", partial(attention, n, t, d, dtype)) for n, t, d in attentions),
+        *(
+            Entry(
+                f"attention causal {prompt}x{h}/{k}x{d}" + (f", cap {c:g}" if c else ""),
+                partial(causal_attention, prompt, h, k, d, c, dtype),
+            )
+            for h, k, d, c in prefills
+        ),
+        Entry(
+            f"attention packed {images}x{patches}x{HEADS}x80, rotary",
+            partial(rotary_attention, images, patches, 80, dtype),
+        ),
         *(
             Entry(
                 f"attention_pool {WINDOWS} windows, {heads}x{k}, {heads}x{v}",
@@ -158,6 +172,85 @@ def attention(images: int, tokens: int, head_dim: int, dtype: torch.dtype) -> Ca
         backward_flops=2.5,
         # its dQ is wrong at head dimensions that are no power of two, by its own issue tracker
         forward_only=frozenset({"flash_attn_4"}),
+    )
+
+
+def causal_attention(tokens: int, heads: int, heads_k: int, head_dim: int, softcap: float, dtype: torch.dtype) -> Case:
+    """A decoder's: FLOPs of the half of the scores that there are."""
+    q = torch.randn(1, tokens, heads, head_dim, dtype=dtype, device=DEVICE.name)
+    k, v = torch.randn(2, 1, tokens, heads_k, head_dim, dtype=dtype, device=DEVICE.name).unbind(0)
+
+    def eager(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        query, key, value = (
+            x.transpose(1, 2) for x in (q, *(x.repeat_interleave(heads // heads_k, 2) for x in (k, v)))
+        )
+        scores = query @ key.mT * head_dim**-0.5
+        if softcap:
+            scores = softcap * (scores / softcap).tanh()
+        behind = torch.ones(tokens, tokens, dtype=torch.bool, device=q.device).triu(1)
+        return (scores.masked_fill(behind, -torch.inf).softmax(-1) @ value).transpose(1, 2)
+
+    def sdpa(backend: SDPBackend) -> Provider:
+        def call(*qkv: Tensor) -> Tensor:
+            with sdpa_kernel(backend):
+                heads_first = (x.transpose(1, 2) for x in qkv)
+                return F.scaled_dot_product_attention(*heads_first, is_causal=True, enable_gqa=True).transpose(1, 2)
+
+        return call
+
+    libraries = {"sdpa_cudnn": sdpa(SDPBackend.CUDNN_ATTENTION), "sdpa_flash": sdpa(SDPBackend.FLASH_ATTENTION)}
+    return Case(
+        [q, k, v],
+        eager,
+        {
+            "eager": eager,
+            "compile": compiled(eager),
+            # which have no cap
+            **({} if softcap else libraries),
+            "vlmkern": lambda *qkv: ops.attention(*qkv, causal=True, softcap=softcap),
+        },
+        flops=2 * heads * tokens * (tokens + 1) * head_dim,
+        least_bytes=2 * (heads + heads_k) * tokens * head_dim * dtype.itemsize,
+        backward_flops=2.5,
+    )
+
+
+def rotary_attention(images: int, patches: int, head_dim: int, dtype: torch.dtype) -> Case:
+    """A tower's of images packed one after the other, with its rotation of queries and keys."""
+    tokens = images * patches
+    qkv = torch.randn(tokens, 3, HEADS, head_dim, dtype=dtype, device=DEVICE.name)
+    angles = 6 * torch.rand(tokens, head_dim // 2, device=DEVICE.name)
+    cos, sin = angles.cos(), angles.sin()
+    bounds = torch.arange(images + 1, dtype=torch.int32, device=DEVICE.name) * patches
+
+    def turned(x: Tensor) -> Tensor:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        first, second = wide.chunk(2, -1)
+        whole = [table.repeat(1, 2)[:, None] for table in (cos, sin)]
+        return (wide * whole[0] + torch.cat((-second, first), -1) * whole[1]).to(x.dtype)
+
+    def by_image(attend: Provider) -> Provider:
+        def call(qkv: Tensor) -> Tensor:
+            q, k, v = qkv.unbind(1)
+            rows = (x.unflatten(0, (images, patches)) for x in (turned(q), turned(k), v))
+            return attend(*rows).flatten(0, 1)
+
+        return call
+
+    def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+
+    def ours(qkv: Tensor) -> Tensor:
+        return ops.attention(*qkv.unbind(1), cu_seqlens=bounds, max_seqlen=patches, rotary=(cos, sin))
+
+    eager = by_image(eager_attention)
+    return Case(
+        [qkv],
+        eager,
+        {"eager": eager, "compile": compiled(eager), "sdpa": by_image(sdpa), "vlmkern": ours},
+        flops=4 * HEADS * images * patches**2 * head_dim,
+        least_bytes=4 * HEADS * tokens * head_dim * dtype.itemsize + 2 * cos.numel() * 4,
+        backward_flops=2.5,
     )
 
 

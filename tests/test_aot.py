@@ -46,7 +46,7 @@ MATRIX = {"attention_fwd_kernel", "attention_bwd_dq_kernel", "attention_bwd_dkv_
 
 def aot(*arguments):
     command = [sys.executable, "-m", "vlmkern", "aot", "--json", *arguments]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=1200)
     assert result.returncode == 0, result.stderr
     return json.loads(result.stdout)
 

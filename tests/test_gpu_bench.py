@@ -32,6 +32,8 @@ def on_cpu(monkeypatch):
 
 CASES = {
     "attention": lambda: gpu_cases.attention(2, 50, 72, torch.bfloat16),
+    "causal_attention": lambda: gpu_cases.causal_attention(40, 4, 2, 72, 5.0, torch.bfloat16),
+    "rotary_attention": lambda: gpu_cases.rotary_attention(2, 20, 72, torch.bfloat16),
     "attention_pool": lambda: gpu_cases.attention_pool(2, 8, 8, torch.bfloat16),
     "swiglu_mlp": lambda: gpu_cases.swiglu_mlp(3, torch.bfloat16),
     "linear": lambda: gpu_cases.linear(144, 40, "gelu_tanh", torch.bfloat16),
@@ -56,7 +58,7 @@ def test_rows(name, mode):
     assert [row["provider"] for row in rows] == list(case.providers)
     ours = rows[-1]
     assert ours["provider"] == "vlmkern" and ours["relative_error"] < 0.05 and ours["x_best_other"] > 0
-    flops = case.flops * (1 if mode == "fwd" else 2.5 if name == "attention" else 2)
+    flops = case.flops * (1 if mode == "fwd" else 2.5 if name.endswith("attention") else 2)
     assert ours["tflops"] == pytest.approx(flops / ours["ms"] / 1e9)
     # the floor is the longer of two times, here of the bytes
     assert ours["of_floor"] == pytest.approx(max(ours["tflops"] / 100, ours["gb_per_s"] / 1000))

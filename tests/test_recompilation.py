@@ -68,9 +68,9 @@ def once(*names):
     return dict.fromkeys(names, 1)
 
 
-def attention(q, k, v, bounds=None, longest=None):
-    out, lse = attention_fwd.attention_fwd(q, k, v, 0.1, bounds, longest)
-    attention_bwd.attention_bwd(out, q, k, v, out, lse, 0.1, bounds, longest)
+def attention(q, k, v, bounds=None, longest=None, **options):
+    out, lse = attention_fwd.attention_fwd(q, k, v, 0.1, bounds, longest, **options)
+    attention_bwd.attention_bwd(out, q, k, v, out, lse, 0.1, bounds, longest, **options)
 
 
 def layouts(images, tokens, heads, head_dim, dtype):
@@ -105,6 +105,35 @@ def test_packed_attention(dtype):
             packed = [x[0] for x in qkv]
             calls += [lambda args=(*packed, bounds, longest): attention(*args)]
             calls += [lambda args=(*packed, bounds, None): attention(*args)]
+    assert compilations(calls, dtype) == once(*ATTENTION)
+
+
+@pytest.mark.parametrize("dtype, tma", [(torch.bfloat16, False), (torch.bfloat16, True), (torch.float32, False)])
+def test_attention_of_other_lengths_windows_and_tables(dtype, tma):
+    """Keys have other lengths than queries throughout: where they have the same, kernels are others."""
+    calls = []
+    for images, queries, keys in ((1, 16, 1024), (13, 729, 64), (3, 37, 4093), (1, 1, 16), (2, 256, 2), (16, 64, 729)):
+        q, kv = empty(images, queries, 16, 72, dtype=dtype), empty(images, keys, 2, 4, 72, dtype=dtype)
+        for left, right, softcap in ((64, 0, 50.0), (1, 16, 30.0), (4096, 3, 0.5)):
+            for rows in ((queries, keys), ((images, queries), (images, keys))):
+                n, m = (size if isinstance(size, tuple) else (size,) for size in rows)
+                tables = [empty(*size, 36, dtype=torch.float32) for size in (n, n, m, m)]
+                options = {"left": left, "right": right, "softcap": softcap}
+                options |= dict(zip(("cos", "sin", "cos_k", "sin_k"), tables, strict=True))
+                calls.append(lambda q=q, kv=kv, options=options: attention(q, *kv.unbind(2), **options))
+    # there, and back from float32
+    assert compilations(calls, dtype, tma) == once(*ATTENTION) | {"attention_rotary_kernel": 2}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_packed_attention_of_other_lengths(dtype):
+    calls = []
+    for segments, longest, longest_k in ((1, 1, 16), (3, 729, 64), (16, 1024, 1), (37, 41, 256)):
+        bounds = torch.empty(segments + 1, dtype=torch.int32, device="meta")
+        q = empty(segments * longest, 16, 72, dtype=dtype)
+        k, v = empty(segments * longest_k, 2, 16, 72, dtype=dtype).unbind(1)
+        options = {"cu_seqlens_k": bounds, "max_seqlen_k": longest_k, "right": 0}
+        calls.append(lambda args=(q, k, v, bounds, longest), options=options: attention(*args, **options))
     assert compilations(calls, dtype) == once(*ATTENTION)
 
 

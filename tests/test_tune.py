@@ -301,7 +301,7 @@ def test_shipped_tables_are_written_as_tune_writes_them():
         ({"tokens": 1025, "head_dim": 80}, True),
         # beyond twice the nearest entry's size, and at a head dimension far from any
         ({"tokens": 9, "head_dim": 72}, False),
-        ({"tokens": 729, "head_dim": 256}, False),
+        ({"tokens": 729, "head_dim": 32}, False),
     ],
 )
 def test_nearest_shape_and_default(shape, expected):

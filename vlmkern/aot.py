@@ -25,6 +25,7 @@ ARCHS = (80, 90, 100)
 MODULES = (
     "attention.forward",
     "attention.backward",
+    "attention.rotary",
     "attention_pool.forward",
     "attention_pool.absorbed",
     "attention_pool.backward",
@@ -195,7 +196,7 @@ def _configurations(kernel: Any, arch: int, bits: int) -> Iterator[tuple[dict[st
     from .kernels import _launch
 
     for shape, config in _launch.rows(kernel.name, arch, bits):
-        yield kernel.shape if shape is None else shape, config, True
+        yield kernel.shape | (shape or {}), config, True
     if kernel.baseline is not None and bits == 16:
         yield kernel.shape, kernel.baseline, False
 

@@ -33,6 +33,17 @@ def head_stream(x, x_hi, strides, head, TMA: tl.constexpr):
 
 
 @triton.jit
+def later_head(stream, heads, stride, TMA: tl.constexpr):
+    """The stream of the head that is so many `heads` after a stream's, of `stride` elements each."""
+    if TMA:
+        i_head = stream.i_head + heads
+        return operands.Stream(stream.lo, stream.hi, stream.stride, stream.count, stream.i_batch, i_head)
+    else:
+        first = stream.lo + heads * stride
+        return operands.Stream(first, first, stream.stride, stream.count, stream.i_batch, stream.i_head)
+
+
+@triton.jit
 def _image_head(strides, head):
     return head.i_batch * strides.image + head.i_head * strides.head
 

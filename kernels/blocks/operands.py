@@ -74,6 +74,35 @@ class Head(NamedTuple):
     tokens: Any
 
 
+class Window(NamedTuple):
+    """Which columns of a head's scores a row sees: how many rows and columns there are, the last row's place being that
+    of the last column, and how many columns before and after its own place a row sees, None for all."""
+
+    rows: Any
+    columns: Any
+    before: Any
+    after: Any
+
+
+class Scores(NamedTuple):
+    """What becomes of products of queries and keys: their factor for powers of two, the steepness of the cap that they
+    get before it, None for no cap, and their `Window`."""
+
+    scale: Any
+    steepness: Any
+    window: Any
+
+
+class Span(NamedTuple):
+    """The columns that a block of rows sees. Those from `whole` to `whole_end` each of the rows sees; the others are
+    counted from `edges` to `end`, see `scores.edge_column`."""
+
+    whole: Any
+    whole_end: Any
+    edges: Any
+    end: Any
+
+
 class Grid(NamedTuple):
     """The patches of a tile and the windows over them, all constants."""
 

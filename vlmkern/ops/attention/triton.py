@@ -11,8 +11,6 @@ from .problem import Attention, AttentionGradient
 
 def supports(p: Attention, target: Target) -> str | None:
     """None, or why the call is not for these kernels."""
-    if p.extra:
-        return f"it has no kernel for {p.extra}"
     if p.q.dtype in forward.DTYPES and p.q.shape[-1] <= forward.MAX_HEAD_DIM:
         return None
     return (
@@ -28,9 +26,9 @@ def supports_bwd(p: AttentionGradient, target: Target) -> str | None:
 
 def attention(p: Attention) -> tuple[Tensor, Tensor]:
     """See reference.py."""
-    return forward.attention_fwd(*p[:6])
+    return forward.attention_fwd(*p)
 
 
 def attention_bwd(p: AttentionGradient) -> tuple[Tensor, Tensor, Tensor]:
     """See reference.py."""
-    return backward.attention_bwd(*p[:9])
+    return backward.attention_bwd(*p)
