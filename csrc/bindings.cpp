@@ -225,6 +225,13 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
       py::arg("dtype"), py::arg("x"), py::arg("x_stride"), py::arg("weight"), py::arg("weight_stride"), py::arg("bias"), py::arg("y"),
       py::arg("rows"), py::arg("inputs"), py::arg("outputs"), py::arg("threads"), kExtents);
   m.def(
+      "quick_gelu",
+      [](int dtype, uintptr_t x, int64_t count, int threads, ExtentList extents) {
+        py::gil_scoped_release release;
+        quick_gelu(static_cast<DType>(dtype), at(x), count, threads, Extents(std::move(extents)));
+      },
+      py::arg("dtype"), py::arg("x"), py::arg("count"), py::arg("threads"), kExtents);
+  m.def(
       "norm_fwd",
       [](int dtype, bool centred, std::array<int64_t, 4> sizes, Rows x, Rows residual, uintptr_t weight, uintptr_t bias, uintptr_t normed,
          uintptr_t summed, float eps, float offset, int threads, ExtentList extents, RotationTables rotary) {

@@ -130,7 +130,7 @@ class TestNumbers:
         monkeypatch.setattr(_cpu_products, "_PANEL_OUTPUTS", 32)
         monkeypatch.setattr(_cpu_products, "_BLOCK_ROWS", 16)
 
-    @pytest.mark.parametrize("activation", ["none", "gelu_tanh", "gelu", "silu"])
+    @pytest.mark.parametrize("activation", ["none", "gelu_tanh", "gelu", "silu", "quick_gelu"])
     @pytest.mark.parametrize("epilogues", [(), ("gelu_tanh", "gelu", "silu")])
     def test_linear(self, monkeypatch, way, dtype, activation, epilogues):
         as_on(monkeypatch, way, epilogues)

@@ -90,6 +90,7 @@ def calls():
             lambda e, n: _C.linear_few_rows(0, x.data_ptr(), 12, weight.data_ptr(), 12, *at(bias, y), 2, 12, 5, n, e),
             {"x": x, "weight": weight, "bias": bias, "y": y},
         ),
+        "quick_gelu": (lambda e, n: _C.quick_gelu(0, y.data_ptr(), 10, n, e), {"x": y}),
         "norm_fwd": (
             lambda e, n: _C.norm_fwd(
                 0, True, (1, 3, 2, 9), *in_rows(rows, others), *at(scale, shift, normed, summed), 1e-6, 0.0, n, e
@@ -148,6 +149,7 @@ NAMES = (
     "attention_fwd",
     "attention_bwd",
     "linear_few_rows",
+    "quick_gelu",
     "norm_fwd",
     "norm_bwd",
     "norm_fwd.rotary",

@@ -13,35 +13,46 @@ from vlmkern.dispatch import table
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 
 
-def code_blocks():
-    return re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+def example(heading, which=0):
+    """The code under a heading."""
+    _, section = README.split(f"\n## {heading}\n")
+    return re.findall(r"```python\n(.*?)```", section.split("\n## ")[0], re.DOTALL)[which]
+
+
+def test_what_pictures_cost():
+    *code, tokens, flops = example("Two commands").strip().splitlines()
+    scope = {}
+    exec("\n".join(code), scope)
+    for line in (tokens, flops):
+        expression, said = line.split("  # ")
+        assert eval(expression, scope) == pytest.approx(float(said.split(";")[0]), rel=1e-3)
 
 
 def test_the_drop_in_example_runs():
     scope = {}
-    exec(code_blocks()[0], scope)
+    exec(example("Drop-in"), scope)
     assert scope["out"].shape == (10, 16, 72)
 
 
 def test_the_model_example_names_what_exists(checkpoint_dir):
-    example = code_blocks()[1]
+    code = example("Drop-in", 1)
     from vlmkern.models.jina_vlm import JinaVLM, JinaVLMProcessor
 
-    for name in re.findall(r"JinaVLM\.(\w+)|model\.(generate)", example):
+    for name in re.findall(r"JinaVLM\.(\w+)|model\.(generate)", code):
         assert hasattr(JinaVLM, "".join(name))
-    for name in re.findall(r"processor\.(\w+)\(", example):
+    for name in re.findall(r"processor\.(\w+)\(", code):
         assert hasattr(JinaVLMProcessor, name)
 
 
-def test_the_transformers_example_runs():
+def test_the_patching_example_runs():
     scope = {}
-    exec(code_blocks()[2], scope)
-    assert len(scope["report"]) == 3 * 12 + 1  # twelve blocks of three modules, and the pooling head's MLP
+    exec(example("In others' models"), scope)
+    assert len(scope["report"]) == 3 * 12 + 2  # twelve blocks of three modules, and the pooling head's two
 
 
 def test_the_training_example_runs():
     scope = {}
-    exec(code_blocks()[3], scope)
+    exec(example("Training"), scope)
     assert [group["name"] for group in scope["optimizer"].param_groups] == ["tower", "connector", "decoder"]
 
 

@@ -14,15 +14,26 @@ from jina_remote import Vision
 from torch import nn
 from transformers_models import (
     Calls,
+    clip,
+    dinov2,
+    dinov2_swiglu,
+    gemma2,
+    gemma3,
     idefics2,
     idefics3,
+    internvl,
+    internvl_6b,
     llava_next,
     outputs,
     paligemma,
+    qwen2_5_vl,
+    qwen2_vl,
     qwen3,
+    qwen3_vl,
     siglip,
     siglip2,
     transformers,
+    vit,
 )
 
 from vlmkern import nn as vlmkern_nn
@@ -31,16 +42,33 @@ from vlmkern.integrations.transformers import patch, register, unpatch
 # before 5, these build a mask even where nothing is masked, and attention with a mask is left to the model
 MASKED = ("siglip2", "idefics3") if transformers.__version__.startswith("4.") else ()
 
-# per model: how many modules of each kind are swapped (attention, MLPs, blocks)
+# per model: how many modules of each kind are swapped: attention, blocks, MLPs, gated ones, RMS norms; and torch's own
+# attention, in the heads of SigLIP's towers, which call it for its weights too
 MODELS = {
-    siglip: (2, 3, 2),
-    siglip2: (2, 3, 2),
-    idefics2: (2, 2 + 2 + 2, 2),  # tower, text, projection and resampler
-    idefics3: (2, 2 + 2, 2),
-    paligemma: (2, 2, 2),  # gemma's gate is a GELU
-    llava_next: (2, 2 + 2 + 1, 2),
-    qwen3: (0, 2, 0),
+    siglip: (2, 2, 3, 0, 0, 1),
+    siglip2: (2, 2, 3, 0, 0, 1),
+    idefics2: (2, 2, 2, 2 + 1 + 1, 5 + 4),  # gates of text, projection and resampler
+    idefics3: (2, 2, 2, 2, 5),
+    paligemma: (2, 2, 2, 2, 5),
+    llava_next: (2, 2, 2 + 1 + 1, 2, 5, 1),  # with the projector and the tower's head
+    qwen3: (0, 0, 0, 2, 9),
+    qwen2_vl: (2, 2, 2 + 1, 2, 5),
+    qwen2_5_vl: (3, 3, 1, 3 + 2, 7 + 5),
+    qwen3_vl: (2, 2, 2 + 2, 2, 9),
+    internvl: (2, 2, 2 + 1, 2, 5),
+    internvl_6b: (2, 2, 2 + 1, 2, 8 + 5),
+    gemma2: (0, 0, 0, 2, 9),
+    gemma3: (2, 2, 2, 2, 14),
+    dinov2: (2, 2, 2, 0, 0),
+    dinov2_swiglu: (2, 2, 0, 2, 0),
+    vit: (2, 2, 2, 0, 0),
+    clip: (2, 2, 2, 0, 0),
 }
+KINDS = ("attention", "block", "MLP", "gated", "RMSNorm", "nn.MultiheadAttention,")
+GENERATING = [
+    *(idefics2, idefics3, paligemma, llava_next, qwen3, qwen2_vl, qwen2_5_vl, qwen3_vl),
+    *(internvl, internvl_6b, gemma2, gemma3),
+]
 
 
 @pytest.mark.parametrize("build", MODELS, ids=lambda build: build.__name__)
@@ -48,12 +76,13 @@ def test_results_stay(build):
     model, inputs = build()
     before, keys = outputs(model, inputs), list(model.state_dict())
     report = patch(model)
-    kinds = [sum(word in what for what in report.values()) for word in ("attention on", "linear", "block")]
-    assert (kinds[0], kinds[1] - kinds[0], kinds[2]) == MODELS[build], str(report)
+    kinds = [what.split()[0] for what in report.values()]
+    counts = tuple(map(kinds.count, KINDS))
+    assert counts == (*MODELS[build], 0)[: len(KINDS)] and len(kinds) == sum(counts), str(report)
     with Calls() as calls:
         after = outputs(model, inputs)
     assert calls.names.count("attention") == (0 if build.__name__ in MASKED else MODELS[build][0])
-    assert calls.names.count("linear") >= 2 * MODELS[build][1]
+    assert calls.names.count("linear") >= 2 * sum(MODELS[build][2:4])
     assert (after - before).abs().max() <= 1e-5 * before.abs().max()
     assert list(model.state_dict()) == keys
 
@@ -66,7 +95,7 @@ def test_results_stay(build):
     assert not calls.names
 
 
-@pytest.mark.parametrize("build", [idefics2, idefics3, paligemma, llava_next, qwen3], ids=lambda build: build.__name__)
+@pytest.mark.parametrize("build", GENERATING, ids=lambda build: build.__name__)
 def test_generation_stays(build):
     model, inputs = build()
     options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
@@ -285,7 +314,7 @@ def test_bfloat16_where_torch_has_none():
         model, inputs = model.bfloat16(), {"pixel_values": inputs["pixel_values"].bfloat16()}
         before = outputs(model, inputs)
         report = patch(model)
-        assert len(report) == 7, str(report)
+        assert len(report) == 8, str(report)
         with Calls() as calls:
             after = outputs(model, inputs)
         assert calls.names.count("attention") == 2

@@ -127,7 +127,7 @@ def test_inner_modules_are_called(pair, inner, touch):
     # where a layer norm is called by the ops' path depends on the device: its block must leave that path on all
     assert calls.residuals < untouched.residuals or inner == "layer_norm1"
     assert assert_alike(model, plain, inputs).names == untouched.names
-    assert unpatch(model) == 7
+    assert unpatch(model) == 8
 
 
 def test_accelerate_on_a_swapped_module_outlives_unpatch():
@@ -142,16 +142,16 @@ def test_accelerate_on_a_swapped_module_outlives_unpatch():
         torch.testing.assert_close(outputs(model, inputs), before, rtol=1e-5, atol=1e-5)
     assert calls.names
     # the forward that accelerate keeps is the swapped one
-    assert unpatch(model) == 7 and unpatch(model) == 0
+    assert unpatch(model) == 8 and unpatch(model) == 0
     with Calls() as calls:
         assert torch.equal(outputs(model, inputs), before)
     assert not calls.names
-    assert len(patch(model)) == 7
+    assert len(patch(model)) == 8
     with Calls() as calls:
         torch.testing.assert_close(outputs(model, inputs), before, rtol=1e-5, atol=1e-5)
     assert calls.names
     hooks.remove_hook_from_module(model, recurse=True)
-    assert unpatch(model) == 7
+    assert unpatch(model) == 8
     with Calls() as calls:
         assert torch.equal(outputs(model, inputs), before)
     assert not calls.names
@@ -236,7 +236,7 @@ def test_hooks_that_transformers_leaves_behind():
             outputs(model, inputs | wanted)
         assert after.names == before.names and after.residuals == before.residuals
     # also where the patch comes after
-    assert len(patch(plain)) == 7
+    assert len(patch(plain)) == 8
 
 
 def test_attention_weights_reach_a_hook():

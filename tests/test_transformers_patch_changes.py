@@ -261,7 +261,7 @@ def test_shared_modules():
     second.mlp = first.mlp
     second.self_attn.q_proj.weight = second.self_attn.k_proj.weight
     plain = copy.deepcopy(model)
-    assert len(patch(model)) == 6
+    assert len(patch(model)) == 7
     assert_alike(model, plain, inputs)
 
 
@@ -364,5 +364,5 @@ def test_swapped_forwards_that_somebody_took_away():
     torch.testing.assert_close(outputs(model, inputs), before, rtol=1e-5, atol=1e-5)
     report = patch(model)
     assert sorted(name.rpartition("layers.0.")[2] for name in report) == ["mlp", "self_attn"]
-    assert unpatch(model) == 7
+    assert unpatch(model) == 8
     assert torch.equal(outputs(model, inputs), before)

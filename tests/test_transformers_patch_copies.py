@@ -54,7 +54,7 @@ def test_copies_are_patched(patched, duplicate):
     with Calls() as again:
         assert torch.equal(outputs(clone, inputs), expected)
     assert again.names == calls.names and again.residuals == calls.residuals
-    assert not patch(clone) and len(patch(clone).passed_over) == 7
+    assert not patch(clone) and len(patch(clone).passed_over) == 8
     assert vars_of(clone) == vars_of(model)
 
     # its hooks are its own
@@ -71,12 +71,12 @@ def test_copies_are_patched(patched, duplicate):
             p.zero_()
     assert outputs(clone, inputs).abs().max() == 0 and torch.equal(outputs(model, inputs), expected)
 
-    assert unpatch(clone) == 7
+    assert unpatch(clone) == 8
     assert vars_of(clone) == attributes
     with Calls() as calls:
         assert torch.equal(outputs(model, inputs), expected)
     assert calls.names
-    assert unpatch(model) == 7
+    assert unpatch(model) == 8
     assert torch.equal(outputs(model, inputs), before)
 
 
@@ -87,7 +87,7 @@ def test_copies_of_unpatched_models(patched, duplicate):
     clone = duplicate(model)
     assert vars_of(clone) == attributes and unpatch(clone) == 0
     assert torch.equal(outputs(clone, inputs), before)
-    assert len(patch(clone)) == 7 and unpatch(model) == 0
+    assert len(patch(clone)) == 8 and unpatch(model) == 0
 
 
 @pytest.mark.parametrize("duplicate", COPIES.values(), ids=COPIES)
@@ -127,7 +127,7 @@ def test_another_process(patched, tmp_path):
         assert torch.allclose(actual, expected, atol=1e-5)
         assert calls.names.count("attention") == 2 and calls.residuals == 4, calls.names
         from vlmkern.integrations.transformers import unpatch
-        assert unpatch(model) == 7
+        assert unpatch(model) == 8
     """
     paths = os.pathsep.join([os.path.dirname(__file__), os.environ.get("PYTHONPATH", "")])
     subprocess.run(

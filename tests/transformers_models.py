@@ -114,6 +114,108 @@ def llava_next():
     }
 
 
+def qwen2_vl():
+    config = transformers.Qwen2VLConfig(
+        vision_config={"depth": 2, "embed_dim": 64, "hidden_size": 32, "num_heads": 4},
+        text_config=MROPE | {"model_type": "qwen2_vl_text"},
+        **QWEN_TOKENS,
+    )
+    return transformers.Qwen2VLForConditionalGeneration(config).eval(), _qwen_inputs(1176)
+
+
+def qwen2_5_vl():
+    # two windows in the one picture, and a block that sees it whole
+    vision = {"depth": 3, "hidden_size": 64, "intermediate_size": 96, "num_heads": 4, "out_hidden_size": 32}
+    config = transformers.Qwen2_5_VLConfig(
+        vision_config=vision | {"fullatt_block_indexes": [1], "window_size": 56},
+        text_config=MROPE | {"model_type": "qwen2_5_vl_text"},
+        **QWEN_TOKENS,
+    )
+    return transformers.Qwen2_5_VLForConditionalGeneration(config).eval(), _qwen_inputs(1176)
+
+
+def qwen3_vl():
+    vision = {"depth": 2, "hidden_size": 64, "intermediate_size": 96, "num_heads": 4, "out_hidden_size": 32}
+    config = transformers.Qwen3VLConfig(
+        vision_config=vision | {"deepstack_visual_indexes": [0], "num_position_embeddings": 64},
+        text_config=MROPE | {"model_type": "qwen3_vl_text", "head_dim": 8},
+        **QWEN_TOKENS,
+    )
+    return transformers.Qwen3VLForConditionalGeneration(config).eval(), _qwen_inputs(1536)
+
+
+MROPE = TEXT | {"rope_scaling": {"type": "default", "rope_type": "default", "mrope_section": [1, 1, 2]}}
+QWEN_TOKENS = {"image_token_id": IMAGE, "video_token_id": 4, "vision_start_token_id": 5, "vision_end_token_id": 6}
+
+
+def _qwen_inputs(channels):
+    """A picture of 24 patches, which become 6 tokens, and one of 16, 4 tokens."""
+    return {
+        "input_ids": torch.tensor([[9, 5, *[IMAGE] * 6, 6, 5, *[IMAGE] * 4, 6, 7, 8]]),
+        "pixel_values": torch.randn(40, channels),
+        "image_grid_thw": torch.tensor([[1, 6, 4], [1, 4, 4]]),
+        "mm_token_type_ids": torch.tensor([[0, 0, *[1] * 6, 0, 0, *[1] * 4, 0, 0, 0]]),
+    }
+
+
+def internvl(**changes):
+    vision = TOWER | {"image_size": [56, 56], "patch_size": [14, 14], "attention_bias": True} | changes
+    config = transformers.InternVLConfig(
+        vision_config=vision, text_config=TEXT | {"model_type": "qwen2"}, image_token_id=IMAGE
+    )
+    return transformers.InternVLForConditionalGeneration(config).eval(), {
+        "input_ids": torch.tensor([[5, *[IMAGE] * 4, 7, 9]]),
+        "pixel_values": torch.randn(1, 3, 56, 56),
+    }
+
+
+def internvl_6b():
+    """With norms of queries and keys, and RMSNorm in place of layer norm."""
+    return internvl(use_qk_norm=True, norm_type="rms_norm")
+
+
+def gemma3():
+    config = transformers.Gemma3Config(
+        vision_config=TOWER | {"image_size": 56, "vision_use_head": False},
+        text_config=TEXT | {"head_dim": 8, "sliding_window": 4},
+        mm_tokens_per_image=4,
+        image_token_index=IMAGE,
+        image_token_id=IMAGE,
+    )
+    return transformers.Gemma3ForConditionalGeneration(config).eval(), {
+        "input_ids": torch.tensor([[2, 5, *[IMAGE] * 4, 7, 9]]),
+        "pixel_values": torch.randn(1, 3, 56, 56),
+        "token_type_ids": torch.tensor([[0, 0, 1, 1, 1, 1, 0, 0]]),
+    }
+
+
+def gemma2():
+    config = transformers.Gemma2Config(**TEXT, head_dim=8, sliding_window=4)
+    return transformers.Gemma2ForCausalLM(config).eval(), {"input_ids": torch.randint(7, 120, (2, 7))}
+
+
+def dinov2(**changes):
+    config = transformers.Dinov2Config(**(PLAIN | {"mlp_ratio": 2} | changes))
+    return transformers.Dinov2Model(config).eval(), {"pixel_values": torch.randn(2, 3, 28, 28)}
+
+
+def dinov2_swiglu():
+    return dinov2(use_swiglu_ffn=True, drop_path_rate=0.2)
+
+
+def vit():
+    config = transformers.ViTConfig(**PLAIN, intermediate_size=96)
+    return transformers.ViTModel(config).eval(), {"pixel_values": torch.randn(2, 3, 28, 28)}
+
+
+def clip():
+    config = transformers.CLIPVisionConfig(**PLAIN, intermediate_size=96)
+    return transformers.CLIPVisionModel(config).eval(), {"pixel_values": torch.randn(2, 3, 28, 28)}
+
+
+PLAIN = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 28, "patch_size": 14}
+
+
 def qwen3():
     config = transformers.Qwen3Config(**TEXT, head_dim=8)
     return transformers.Qwen3ForCausalLM(config).eval(), {"input_ids": torch.randint(4, 120, (2, 7))}

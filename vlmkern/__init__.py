@@ -9,18 +9,22 @@ __version__ = "0.1.0"
 
 from . import layers, ops
 from .dispatch import BackendUnavailable, backends, explain, extension, use_backend
+from .integrations.patching import PatchReport, patch, unpatch
 from .packing import PackReport, pack, unpack
 
 __all__ = [
     "BackendUnavailable",
     "PackReport",
+    "PatchReport",
     "__version__",
     "backends",
     "explain",
     "layers",
     "ops",
     "pack",
+    "patch",
     "unpack",
+    "unpatch",
     "use_backend",
 ]
 

@@ -1,7 +1,7 @@
 """Forwards for the modules of others, in the form that Hugging Face's `kernels` library takes.
 
 A layer has no constructor and no state: `kernelize` gives its `forward` to a module that has the parameters. Which
-layer fits which module is the user's to say, with `use_kernel_mapping`; `vlmkern.integrations.transformers.patch` finds
+layer fits which module is the user's to say, with `use_kernel_mapping`; `vlmkern.patch` finds
 out by itself.
 """
 
@@ -64,7 +64,7 @@ class SwiGLUMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., C] -> [..., E]."""
-        return functional.swiglu(
+        return functional.gated_mlp(
             x, *((layer.weight, layer.bias) for layer in (self.gate_proj, self.up_proj, self.down_proj))
         )
 

@@ -20,6 +20,7 @@ namespace vlmkern {
   X(PoolSlotsKernel, pool_slots_kernel)          \
   X(PoolSlotsBwdKernel, pool_slots_bwd_kernel)   \
   X(FewRowsLinearKernel, few_rows_linear_kernel) \
+  X(QuickGeluKernel, quick_gelu_kernel)          \
   X(NormFwdKernel, norm_fwd_kernel)              \
   X(NormBwdKernel, norm_bwd_kernel)              \
   X(SiluMulKernel, silu_mul_kernel)

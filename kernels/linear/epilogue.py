@@ -1,7 +1,8 @@
 """What follows a library's product in a linear layer, in one pass: y = act(product + bias) + residual, in place, and
 the gradient by the layer's value before its activation.
 
-GELU: Hendrycks and Gimpel (2016), by the error function or, as in SigLIP, its tanh approximation; SiLU: as there.
+GELU: Hendrycks and Gimpel (2016), by the error function or, as in SigLIP, its tanh approximation or, as in CLIP, a
+sigmoid; SiLU: as there.
 """
 
 from collections.abc import Callable
@@ -38,6 +39,8 @@ def _activate(b_x, ACTIVATION: tl.constexpr):
         return b_x * (0.5 * (1 + tl.erf(b_x * constants.SQRT_HALF)))
     elif ACTIVATION == "silu":
         return b_x / (1 + tl.exp2(-b_x * constants.LOG2_E))
+    elif ACTIVATION == "quick_gelu":
+        return b_x / (1 + tl.exp2(-b_x * (constants.QUICK_GELU * constants.LOG2_E)))
     else:
         return b_x
 
@@ -56,8 +59,10 @@ def _slope(b_x, ACTIVATION: tl.constexpr):
         b_normal = constants.NORMAL_AT_0 * tl.exp2(b_x * b_x * (-0.5 * constants.LOG2_E))
         return 0.5 * (1 + tl.erf(b_x * constants.SQRT_HALF)) + b_x * b_normal
     else:
-        b_sigmoid = _sigmoid(b_x)
-        return b_sigmoid * (1 + b_x * (1 - b_sigmoid))
+        # silu, or quick GELU, which is silu(c x) / c
+        b_steep = b_x * constants.QUICK_GELU if ACTIVATION == "quick_gelu" else b_x
+        b_sigmoid = _sigmoid(b_steep)
+        return b_sigmoid * (1 + b_steep * (1 - b_sigmoid))
 
 
 @triton.jit(do_not_specialize=["rows", "blocks", "stride_residual"])

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .generate import Arena
 
-ACTIVATIONS = ("none", "gelu_tanh", "gelu", "silu")
+ACTIVATIONS = ("none", "gelu_tanh", "gelu", "quick_gelu", "silu")
 MASK_VALUES = (1.0, 1.0, 1.0, 0.0, 0.0, 0.37, 0.999, -1.0, 2.0)
 MASK_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.uint8)
 

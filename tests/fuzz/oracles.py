@@ -28,10 +28,12 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def activate(x: Tensor, activation: str) -> Tensor:
     """In float32 as torch has it: its gelu loses the tail that cancels in 1 + erf(x)."""
-    if x.dtype == torch.float32 and activation != "none":
+    if x.dtype == torch.float32 and activation not in ("none", "quick_gelu"):
         return F.silu(x) if activation == "silu" else F.gelu(x, approximate=_TORCH_GELU[activation])
     if activation == "silu":
         return x * torch.special.expit(x)
+    if activation == "quick_gelu":
+        return x * torch.special.expit(1.702 * x)
     if activation == "gelu":
         return x * torch.special.ndtr(x)
     if activation == "gelu_tanh":

@@ -19,6 +19,7 @@ EAGER = {
     "gelu_tanh": lambda y: F.gelu(y, approximate="tanh"),
     "gelu": F.gelu,
     "silu": F.silu,
+    "quick_gelu": lambda y: y * torch.sigmoid(1.702 * y),
 }
 ACTIVATIONS = [name for name in EAGER if name != "none"]
 SMALL = {"BLOCK_M": 4, "BLOCK_N": 16, "num_warps": 4}

@@ -11,8 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-ACTIVATIONS = ("none", "gelu_tanh", "gelu", "silu")
+ACTIVATIONS = ("none", "gelu_tanh", "gelu", "quick_gelu", "silu")
 """What `ops.linear` takes as `activation`."""
+
+STEEPNESS = 1.702
+"""Of quick GELU, x * sigmoid(1.702 x): Hendrycks and Gimpel (2016), section 2."""
 
 Product = Callable[[Tensor, Tensor, "Tensor | None"], Tensor]
 """a b^T + c of matrices [M, K] and [N, K] and a vector [N] or None."""
@@ -24,6 +27,9 @@ def activate(x: Tensor, activation: str) -> Tensor:
         return x
     if activation == "silu":
         return F.silu(x)
+    if activation == "quick_gelu":
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        return (wide * torch.sigmoid(STEEPNESS * wide)).to(x.dtype)
     return F.gelu(x, approximate=_approximation(activation))
 
 
@@ -33,7 +39,20 @@ def activate_(x: Tensor, activation: str) -> Tensor:
         return x
     if activation == "silu":
         return F.silu(x, inplace=True)
+    if activation == "quick_gelu":
+        return x.copy_(activate(x, activation))
     return torch.ops.aten.gelu_(x, approximate=_approximation(activation))
+
+
+def activate_bwd(grad: Tensor, before: Tensor, activation: str) -> Tensor:
+    """The gradient by what an activation other than "none" was applied to."""
+    if activation == "silu":
+        return torch.ops.aten.silu_backward(grad, before)
+    if activation == "quick_gelu":
+        # silu(c x) / c has the slope that silu has at c x
+        wide = torch.promote_types(grad.dtype, torch.float32)
+        return torch.ops.aten.silu_backward(grad.to(wide), STEEPNESS * before.to(wide)).to(grad.dtype)
+    return torch.ops.aten.gelu_backward(grad, before, approximate=_approximation(activation))
 
 
 def as_rows(x: Tensor) -> Tensor:
@@ -65,10 +84,7 @@ def linear_bwd(
     if activation != "none" and (want_x or want_weight or want_bias):
         before = product(rows, weight, bias) if before is None else before.reshape(d_out.shape)
         d_out = d_out.contiguous()  # torch's gradient of gelu refuses rows that overlap
-        if activation == "silu":
-            d_linear = torch.ops.aten.silu_backward(d_out, before)
-        else:
-            d_linear = torch.ops.aten.gelu_backward(d_out, before, approximate=_approximation(activation))
+        d_linear = activate_bwd(d_out, before, activation)
     grads: list[Tensor] = []
     if want_x:
         grads.append(product(d_linear, weight.T, None).view(x.shape))

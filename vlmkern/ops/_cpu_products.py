@@ -21,9 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..dispatch import routes
-from ..dispatch.extension import dtype_code, extension, extents
+from ..dispatch.extension import dtype_code, extension, extents, lacks
 from ..packing import packed
-from ._algebra import activate_
+from . import _algebra
 
 _POST_OPS = {"none": ("none", ""), "gelu_tanh": ("gelu", "tanh"), "gelu": ("gelu", "none"), "silu": ("swish", "")}
 
@@ -55,7 +55,7 @@ def linear(
     [M, E], dense."""
     way = route(len(rows), weight)
     if way == "few_rows":
-        y = activate_(_few_rows(rows, weight, bias), activation)
+        y = _activate_(_few_rows(rows, weight, bias), activation)
         return y if residual is None else y.add_(residual)
     if way == "panels":
         return _in_panels(rows, weight, bias, activation, residual, rows.dtype)
@@ -151,13 +151,21 @@ def _by_onednn(rows: Tensor, weight: Tensor, bias: Tensor | None, activation: st
     name, algorithm = _POST_OPS[fused]
     y = onednn(rows, weight, bias, name, [], algorithm)
     if fused != activation:
-        activate_(y, activation)
+        _activate_(y, activation)
     return y if residual is None else y.add_(residual)
 
 
 def _by_torch(rows: Tensor, weight: Tensor, bias: Tensor | None, activation: str, residual: Tensor | None) -> Tensor:
-    y = activate_(F.linear(dense(rows), dense(weight), bias), activation)
+    y = _activate_(F.linear(dense(rows), dense(weight), bias), activation)
     return y if residual is None else y.add_(residual)
+
+
+def _activate_(y: Tensor, activation: str) -> Tensor:
+    """In place, of a dense result."""
+    if activation != "quick_gelu" or lacks(y.dtype) is not None:
+        return _algebra.activate_(y, activation)
+    extension().quick_gelu(dtype_code(y.dtype), y.data_ptr(), y.numel(), torch.get_num_threads(), extents(y))
+    return y
 
 
 def _few_rows(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -34,4 +34,20 @@ void linear_few_rows(const FewRowsLinear& problem, int threads, const Extents& e
   over_shares(p.outputs, wanted, [&](int64_t begin, int64_t end) { kernel.run(p, begin, end); });
 }
 
+void quick_gelu(DType dtype, void* x, int64_t count, int threads, const Extents& extents) {
+  require_dtype(dtype);
+  require_threads(threads);
+  require_product("count", {count});
+  extents.require_tensors(1);
+  if (count == 0) return;
+  require(x, "null pointer for a tensor that has elements");
+  extents.require_reach(0, "x", count);
+  const QuickGeluKernel& kernel = kernels().quick_gelu_kernel;
+  // below this many elements waking a second thread costs more than it saves
+  constexpr int64_t kElementsPerThread = 1 << 15;
+  over_shares(count, std::min<int64_t>(threads, count / kElementsPerThread), [&](int64_t begin, int64_t end) {
+    kernel.run(dtype, static_cast<char*>(x) + begin * element_size(dtype), end - begin);
+  });
+}
+
 }  // namespace vlmkern

@@ -1,4 +1,5 @@
-// Matrix products with few rows: y = x W^T + b, limited by reading W once.
+// Linear layers: products with few rows, y = x W^T + b, limited by reading W once; and an activation that libraries of
+// products do not have.
 #pragma once
 
 #include <cstdint>
@@ -29,8 +30,16 @@ struct FewRowsLinearKernel {
   void (*run)(const FewRowsLinear&, int64_t begin, int64_t end);
 };
 
+// x [count], dense, in its place.
+struct QuickGeluKernel {
+  void (*run)(DType, void* x, int64_t count);
+};
+
 // Extents of x, weight, bias and y. Throws std::invalid_argument on sizes and strides that cannot be; touches nothing
 // before that.
 void linear_few_rows(const FewRowsLinear& problem, int threads, const Extents& extents);
+
+// Extents of x. Throws as above.
+void quick_gelu(DType dtype, void* x, int64_t count, int threads, const Extents& extents);
 
 }  // namespace vlmkern

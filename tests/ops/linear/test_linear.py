@@ -18,6 +18,7 @@ EAGER = {
     "gelu_tanh": lambda y: F.gelu(y, approximate="tanh"),
     "gelu": F.gelu,
     "silu": F.silu,
+    "quick_gelu": lambda y: y * torch.sigmoid(1.702 * y),
 }
 
 

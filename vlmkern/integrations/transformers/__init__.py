@@ -17,7 +17,7 @@ if tuple(int(part) for part in _found.split(".")[:2]) < (4, 57):
         " pip install 'vlmkern[transformers]'"
     )
 
+from ..patching import PatchReport, patch, unpatch
 from .attention import register
-from .patching import PatchReport, patch, unpatch
 
 __all__ = ["PatchReport", "patch", "register", "unpatch"]

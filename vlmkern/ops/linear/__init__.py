@@ -33,7 +33,8 @@ def linear(
         x: [..., C], any strides. float32, bfloat16, float16 or float64.
         weight: [E, C].
         bias: [E] or None.
-        activation: "none", "gelu_tanh" (SigLIP), "gelu" (exact) or "silu".
+        activation: "none", "gelu_tanh" (SigLIP), "gelu" (exact), "quick_gelu" (CLIP, Qwen2-VL: x sigmoid(1.702 x)) or
+            "silu".
         residual: [..., E], of the result's shape, or None.
         recompute: for gradients, compute what the activation was applied to again in place of keeping it, [..., E]:
             less memory, one product more.

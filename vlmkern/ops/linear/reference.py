@@ -20,6 +20,9 @@ def linear_keep(p: Linear) -> tuple[Tensor, Tensor]:
     y = before = F.linear(x, weight, bias)
     if activation == "silu":
         y = F.silu(y)
+    elif activation == "quick_gelu":
+        wide = _wide(y)
+        y = (wide * torch.sigmoid(1.702 * wide)).to(y.dtype)
     elif activation != "none":
         y = F.gelu(y, approximate=_gelu(activation))
     if residual is not None:
@@ -37,14 +40,20 @@ def linear_bwd(p: LinearGradient) -> list[Tensor]:
     dz = dy = dy.contiguous()  # torch's gradient of gelu refuses rows that overlap
     if activation != "none":
         z = F.linear(x_rows, weight, bias) if before is None else before.reshape(dy.shape)
-        of_gelu = torch.ops.aten.gelu_backward
-        dz = (
-            torch.ops.aten.silu_backward(dy, z)
-            if activation == "silu"
-            else of_gelu(dy, z, approximate=_gelu(activation))
-        )
+        if activation == "silu":
+            dz = torch.ops.aten.silu_backward(dy, z)
+        elif activation == "quick_gelu":
+            sigmoid = torch.sigmoid(1.702 * _wide(z))
+            dz = (_wide(dy) * sigmoid * (1 + 1.702 * _wide(z) * (1 - sigmoid))).to(dy.dtype)
+        else:
+            dz = torch.ops.aten.gelu_backward(dy, z, approximate=_gelu(activation))
     every = ((dz @ weight).view(x.shape), dz.mT @ x_rows, dz.sum(0), grad.clone(memory_format=torch.contiguous_format))
     return [gradient for gradient, want in zip(every, wanted, strict=True) if want]
+
+
+def _wide(x: Tensor) -> Tensor:
+    """What is computed in."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _gelu(activation: str) -> str:

@@ -7,6 +7,7 @@ looks for it and goes to the module's original forward, which calls them all, wh
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -19,13 +20,8 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
 from torch.nn.modules import module as module_globals
 
-try:
-    from transformers.utils import output_capturing
-except ImportError:  # before transformers 5
-    output_capturing = None
-
 if TYPE_CHECKING:
-    from .swaps import Swap
+    from .swap import Swap
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -60,7 +56,7 @@ class Swapped:
         returns: length of the tuple that the original returns, None for a bare tensor.
         returns_more: whether the original returns more than the result and Nones, such as attention weights.
         parameters: names of the original's parameters, as far as they can be given by position.
-        kernel: what `ops.linear` calls the module's activation, where there is one.
+        kernel: what the op is told beside tensors, see `Swap.kernel`.
         facts: what else the ops' result rests on, see `Swap.facts`.
         seen: the modules whose children and settings the ops stand for, see `Swap.stands_for`.
         class_forward: the forward of the module's class; None in a copy that was unpickled, as it may not pickle.
@@ -71,7 +67,7 @@ class Swapped:
     returns: int | None
     returns_more: bool
     parameters: tuple[str, ...]
-    kernel: str | None
+    kernel: Any
     facts: tuple[Any, ...]
     seen: tuple[Seen, ...]
     class_forward: Any
@@ -84,15 +80,16 @@ class Swapped:
 def forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """What a swapped module runs: the ops, or its original forward for calls that they do not cover."""
     state: Swapped = module.__dict__[_STATE]
-    inputs = _inputs(state, args, kwargs) if state.active else None
+    given = _given(state, args, kwargs) if state.active else None
     if (
-        inputs is None
-        or not on_ops(inputs[0])
-        or not state.swap.covers(module, *inputs)
+        given is None
+        or not on_ops(given[0][0])
+        or not state.swap.covers(module, *given[0], **given[1])
         or (state.returns_more and observed(module))
     ):
         return type(module).forward(module, *args, **kwargs)
-    result = state.swap.compute(module, *inputs)
+    inputs, options = given
+    result = state.swap.compute(module, *inputs, **options)
     return result if state.returns is None else (result, *([None] * (state.returns - 1)))
 
 
@@ -185,7 +182,20 @@ def drops(module: nn.Module) -> bool:
     rate = module.__dict__.get("dropout")
     if module.training and isinstance(rate, float) and rate > 0:
         return True
-    return any(isinstance(child, nn.Dropout) and child.training and child.p > 0 for child in module._modules.values())
+    return any(child is not None and child.training and _rate(child) > 0 for child in module._modules.values())
+
+
+def passes_on(module: nn.Module) -> bool:
+    """Whether a module passes its input on, at least in evaluation (`drops` sees to training)."""
+    return type(module) in (nn.Identity, nn.Dropout) or (_rate(module) > 0 and not list(module.parameters()))
+
+
+def _rate(module: nn.Module) -> float:
+    """Of values, or of whole samples, that a module drops out in training; 0 where that is not what it is for."""
+    if isinstance(module, nn.Dropout):
+        return module.p
+    rate = module.__dict__.get("drop_prob")
+    return rate if isinstance(rate, float) else 0.0
 
 
 def on_ops(x: Tensor) -> bool:
@@ -221,6 +231,7 @@ def weight_fits(module: nn.Module, x: Tensor) -> bool:
 def _waits(hook: Any) -> bool:
     """Whether a hook is one of those that transformers leaves on a model which was once asked for hidden states or
     attention weights, as LLaVA asks its tower, and nobody asks for what it collects now."""
+    output_capturing = sys.modules.get("transformers.utils.output_capturing")
     if output_capturing is None or getattr(hook, "__module__", None) != output_capturing.__name__:
         return False
     collected = output_capturing._active_collector.get()
@@ -234,14 +245,16 @@ def _is_ours(module: nn.Module) -> bool:
     return isinstance(own, partial) and own.func is forward and own.args[0] is module
 
 
-def _inputs(state: Swapped, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor] | None:
-    """The tensors that the swap takes, or None if the call asks for something else too."""
+def _given(state: Swapped, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Tensor], dict[str, Any]] | None:
+    """The tensors and options that the swap takes, or None if the call asks for something else too."""
     named = dict(zip(state.parameters, args, strict=False)) | kwargs
     if len(args) > len(state.parameters):
         return None
-    wanted = state.parameters[: state.swap.inputs]
+    wanted, options = state.parameters[: state.swap.inputs], {}
     for name, value in named.items():
-        if name not in wanted and name not in _NEUTRAL and value is not None and value is not False:
+        if name in state.swap.options and value is not None:
+            options[name] = value
+        elif name not in wanted and name not in _NEUTRAL and value is not None and value is not False:
             return None
     inputs = [named.get(name) for name in wanted]
-    return inputs if all(isinstance(value, Tensor) for value in inputs) else None
+    return (inputs, options) if all(isinstance(value, Tensor) for value in inputs) else None

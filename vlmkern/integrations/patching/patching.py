@@ -14,8 +14,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from .kinds import KINDS
+from .swap import Refused, Swap
 from .swapped import Swapped, has_own_forward, install, is_swapped, remove, resume, see
-from .swaps import SWAPS, Refused, Swap
 
 _PACKAGE = __name__.split(".integrations.")[0]
 
@@ -52,20 +53,20 @@ class PatchReport(Mapping[str, str]):
 def patch(model: nn.Module) -> PatchReport:
     """Swaps, in place, the modules of a model that vlmkern has an op for.
 
-    Found by structure, whatever their class is called: self-attention with q_proj, k_proj, v_proj and out_proj and
-    MLPs with fc1 and fc2 (the towers of SigLIP, SigLIP2, Idefics, PaliGemma, LLaVA), pre-norm blocks of the two,
-    SwiGLU MLPs with gate_proj, up_proj and down_proj (Qwen, Llama, Mistral, Idefics2's projection), and attention,
-    MLPs, blocks and connector of jina-vlm as its own code has them. Each candidate is run once on a small random
-    input, before and after: if the two differ it is left as it was, and so it is where a projection is anything but a
-    plain linear layer (LoRA, quantised), or an inner module has hooks or a forward of its own.
+    Found by structure, whatever their class is called (`kinds` lists all): self-attention of towers, packed and turned
+    by places where Qwen2-VL and its successors have it so; MLPs and gated MLPs, by themselves or behind a norm;
+    pre-norm blocks of the two, with LayerScale or without; RMSNorm; torch's own `nn.MultiheadAttention` where no
+    weights are asked for; and the connector of jina-vlm as its own code has it. Each candidate is run once on a small
+    random input, before and after: if the two differ it is left as it was, and so it is where a projection is anything
+    but a plain linear layer (LoRA, quantised), or an inner module has hooks or a forward of its own.
 
     What changes later is found by the calls, which then run the original code: hooks, adapters, other layers,
     activations and settings in place of those that were there, other dtypes, function transforms. Under autocast the
     residual stream keeps the dtype that it has without the ops.
 
     Parameters are shared, none is copied or renamed; `vlmkern.pack(model)` afterwards trades memory for time on CPUs.
-    `unpatch` undoes it; patching again does nothing. Copies, pickled
-    ones too, are patched as their model is, so that loading one needs this package.
+    `unpatch` undoes it; patching again does nothing. Copies, pickled ones too, are patched as their model is, so that
+    loading one needs this package.
 
     Args:
         model: on CPU or CUDA, in float32, bfloat16 or float16.
@@ -86,7 +87,7 @@ def patch(model: nn.Module) -> PatchReport:
             continue
         if type(module).__module__.startswith(_PACKAGE):
             continue
-        swap = next((swap for swap in SWAPS if swap.recognises(module)), None)
+        swap = next((swap for swap in KINDS if swap.recognises(module)), None)
         if swap is None:
             continue
         try:
@@ -140,14 +141,14 @@ def _swap(module: nn.Module, swap: Swap) -> None:
     if has_own_forward(module):
         raise Refused("it has a forward of its own, which would not run")
     swap.check(module)
-    inputs = swap.example(module)
+    inputs, options = swap.example(module), swap.example_options(module)
     was_training = [inner for inner in module.modules() if inner.training]
     module.eval()
     try:
         with torch.no_grad():
             parameters = _parameters(module)
             # masks and the like, where they have no default
-            rest = {p.name: None for p in parameters[len(inputs) :] if p.default is p.empty}
+            rest = {p.name: None for p in parameters[len(inputs) :] if p.default is p.empty} | options
             result = type(module).forward(module, *inputs, **rest)
             expected, *more = result if isinstance(result, tuple) else (result,)
             state = Swapped(
@@ -161,7 +162,7 @@ def _swap(module: nn.Module, swap: Swap) -> None:
                 class_forward=type(module).forward,
             )
             install(module, state)
-            if not _equal(swap.compute(module, *inputs), expected):
+            if not _equal(swap.compute(module, *inputs, **options), expected):
                 remove(module)
                 raise Refused("its result differs from that of the ops")
     except Refused:
