@@ -103,7 +103,7 @@ gpu:
 sanitize: setup
 	cmake -S . -B build/sanitize -DVLMKERN_SANITIZE=ON -DVLMKERN_EMULATE_AMX=ON -DCMAKE_BUILD_TYPE=Debug \
 	  -DPython_EXECUTABLE=$(abspath $(BIN)/python) -Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir)
-	cmake --build build/sanitize --parallel
+	cmake --build build/sanitize --parallel $$(nproc)
 	$(BIN)/python tests/sanitize.py build/sanitize
 
 lint: setup

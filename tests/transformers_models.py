@@ -150,12 +150,14 @@ QWEN_TOKENS = {"image_token_id": IMAGE, "video_token_id": 4, "vision_start_token
 
 def _qwen_inputs(channels):
     """A picture of 24 patches, which become 6 tokens, and one of 16, 4 tokens."""
-    return {
+    inputs = {
         "input_ids": torch.tensor([[9, 5, *[IMAGE] * 6, 6, 5, *[IMAGE] * 4, 6, 7, 8]]),
         "pixel_values": torch.randn(40, channels),
         "image_grid_thw": torch.tensor([[1, 6, 4], [1, 4, 4]]),
-        "mm_token_type_ids": torch.tensor([[0, 0, *[1] * 6, 0, 0, *[1] * 4, 0, 0, 0]]),
     }
+    if not transformers.__version__.startswith("4."):
+        inputs["mm_token_type_ids"] = (inputs["input_ids"] == IMAGE).long()
+    return inputs
 
 
 def internvl(**changes):

@@ -41,10 +41,30 @@ class SelfAttention(Swap):
     def others(self, module: nn.Module) -> tuple[str, ...]:
         return self.called
 
-    def compute(self, module: nn.Module, x: Tensor, residual: Tensor | None = None, **options: Any) -> Tensor:
+    def covers(self, module: nn.Module, x: Tensor, *rest: Tensor, **options: Any) -> bool:
+        return not options and super().covers(module, x)
+
+    def compute(
+        self,
+        module: nn.Module,
+        x: Tensor,
+        residual: Tensor | None = None,
+        *,
+        cu_seqlens: Tensor | None = None,
+        max_seqlen: int | None = None,
+    ) -> Tensor:
         *qkv, out = (projection(getattr(module, name)) for name in self.linears)
         return functional.self_attention(
-            x, qkv, out, heads_of(module), scale=scale_of(module), residual=residual, prepare=_normed(module)
+            x,
+            qkv,
+            out,
+            heads_of(module),
+            scale=scale_of(module),
+            # of an encoder that leaves out its padding
+            cu_seqlens=cu_seqlens,
+            max_seqlen=max_seqlen,
+            residual=residual,
+            prepare=_normed(module),
         )
 
 
@@ -73,11 +93,13 @@ class PackedSelfAttention(SelfAttention):
 
     def covers(self, module: nn.Module, x: Tensor, *rest: Tensor, **options: Any) -> bool:
         bounds, tables = options.get("cu_seqlens"), options.get("position_embeddings")
-        if bounds is None or tables is None or bounds.dim() != 1:
+        if bounds is None or tables is None or bounds.dim() != 1 or len(tables) != 2:
+            return False
+        if any(table.dim() != 2 or table.shape[0] != x.shape[0] for table in tables):
             return False
         if torch.compiler.is_compiling() and not isinstance(options.get("max_seqlen"), int):
             return False  # what is as long as the longest image is known by its values alone
-        return super().covers(module, x)
+        return Swap.covers(self, module, x)
 
     def compute(
         self,

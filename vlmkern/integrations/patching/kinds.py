@@ -5,8 +5,10 @@ from __future__ import annotations
 from .attention import JinaSelfAttention, PackedSelfAttention, SelfAttention, TorchAttention
 from .blocks import Block
 from .connectors import Connector
+from .encoders import Encoder
 from .mlp import MLP, FusedSwiGLU, GatedMLP, NormedMLP
 from .norms import RMSNorm
+from .perceivers import PerceiverConnector
 from .swap import Swap
 
 KINDS: tuple[Swap, ...] = (
@@ -34,5 +36,7 @@ KINDS: tuple[Swap, ...] = (
     Block("norm1", "attention", "norm2", "mlp", ("layer_scale1", "layer_scale2")),  # DINOv2
     Block("layernorm_before", "attention", "layernorm_after", "mlp", ("lambda_1", "lambda_2")),  # InternVL, ViT
     Block("ln_1", "attn", "ln_2", "mlp", ("ls_1", "ls_2")),  # open_clip
+    Encoder(),
+    PerceiverConnector(),
     Connector(),
 )

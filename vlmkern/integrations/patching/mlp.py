@@ -15,7 +15,7 @@ from .swap import TOKENS, Refused, Swap, example, projection
 from .swapped import state_of
 
 # what models call it; the second module of an nn.Sequential
-_ACTIVATIONS = ("activation_fn", "act", "act_fn", "gelu", "1")
+_ACTIVATIONS = ("activation_fn", "act", "act_fn", "activation", "gelu", "1")
 
 
 class MLP(Swap):

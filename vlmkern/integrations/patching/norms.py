@@ -35,26 +35,25 @@ class RMSNorm(Swap):
         return [module]
 
     def facts(self, module: nn.Module) -> tuple[Any, ...]:
-        return (_eps(module),)
+        return (self.eps(module),)
 
     def kernel(self, module: nn.Module) -> float:
         x = example((TOKENS, module.weight.shape[0]), module.weight)
         expected = type(module).forward(module, x)
         for offset in (0.0, 1.0):
-            found = ops.rms_norm(x, module.weight, eps=_eps(module) or 0.0, offset=offset)
+            found = ops.rms_norm(x, module.weight, eps=self.eps(module) or 0.0, offset=offset)
             if found.shape == expected.shape and torch.allclose(found, expected, rtol=2e-2, atol=2e-2):
                 return offset
         raise Refused("its result is no RMS norm's")
 
     def compute(self, module: nn.Module, x: Tensor, **options: Any) -> Tensor:
-        eps = _eps(module)
+        eps = self.eps(module)
         eps = torch.finfo(x.dtype).eps if eps is None else eps
         return ops.rms_norm(x, module.weight, eps=eps, offset=state_of(module).kernel)
 
-
-def _eps(module: nn.Module) -> float | None:
-    """None for that of the dtype, as torch's own norm has it."""
-    for name in ("variance_epsilon", "eps"):
-        if isinstance(module.__dict__.get(name), float):
-            return module.__dict__[name]
-    return None
+    def eps(self, module: nn.Module) -> float | None:
+        """None for that of the dtype, as torch's own norm has it."""
+        for name in ("variance_epsilon", "eps"):
+            if isinstance(module.__dict__.get(name), float):
+                return module.__dict__[name]
+        return None

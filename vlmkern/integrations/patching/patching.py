@@ -56,9 +56,10 @@ def patch(model: nn.Module) -> PatchReport:
     Found by structure, whatever their class is called (`kinds` lists all): self-attention of towers, packed and turned
     by places where Qwen2-VL and its successors have it so; MLPs and gated MLPs, by themselves or behind a norm;
     pre-norm blocks of the two, with LayerScale or without; RMSNorm; torch's own `nn.MultiheadAttention` where no
-    weights are asked for; and the connector of jina-vlm as its own code has it. Each candidate is run once on a small
-    random input, before and after: if the two differ it is left as it was, and so it is where a projection is anything
-    but a plain linear layer (LoRA, quantised), or an inner module has hooks or a forward of its own.
+    weights are asked for; encoders of images that differ in size, whose padding is then left out (its rows of the
+    result are 0); and the connectors of Idefics2 and of jina-vlm. Each candidate is run once on a small random input,
+    before and after: if the two differ it is left as it was, and so it is where a projection is anything but a plain
+    linear layer (LoRA, quantised), or an inner module has hooks or a forward of its own.
 
     What changes later is found by the calls, which then run the original code: hooks, adapters, other layers,
     activations and settings in place of those that were there, other dtypes, function transforms. Under autocast the
@@ -79,6 +80,10 @@ def patch(model: nn.Module) -> PatchReport:
     """
     _check_module(model)
     report = PatchReport()
+    parents: dict[nn.Module, list[nn.Module]] = {}
+    for parent in model.modules():
+        for child in parent.children():
+            parents.setdefault(child, []).append(parent)
     # a block is swapped with what its attention and MLP have become
     for name, module in _inner_first(model, "", set()):
         label = name or type(module).__name__
@@ -87,7 +92,8 @@ def patch(model: nn.Module) -> PatchReport:
             continue
         if type(module).__module__.startswith(_PACKAGE):
             continue
-        swap = next((swap for swap in KINDS if swap.recognises(module)), None)
+        kinds = (swap for swap in KINDS if swap.recognises(module) and swap.serves(module, parents.get(module, ())))
+        swap = next(kinds, None)
         if swap is None:
             continue
         try:
@@ -150,10 +156,12 @@ def _swap(module: nn.Module, swap: Swap) -> None:
             # masks and the like, where they have no default
             rest = {p.name: None for p in parameters[len(inputs) :] if p.default is p.empty} | options
             result = type(module).forward(module, *inputs, **rest)
-            expected, *more = result if isinstance(result, tuple) else (result,)
+            output = type(result) if hasattr(result, "last_hidden_state") else None
+            values = tuple(result.values()) if output else result if isinstance(result, tuple) else (result,)
+            expected, *more = values
             state = Swapped(
                 swap,
-                returns=len(result) if isinstance(result, tuple) else None,
+                returns=output or (len(result) if isinstance(result, tuple) else None),
                 returns_more=any(value is not None for value in more),
                 parameters=tuple(parameter.name for parameter in parameters),
                 kernel=swap.kernel(module),
@@ -162,7 +170,8 @@ def _swap(module: nn.Module, swap: Swap) -> None:
                 class_forward=type(module).forward,
             )
             install(module, state)
-            if not _equal(swap.compute(module, *inputs, **options), expected):
+            found = swap.compute(module, *inputs, **options)
+            if not _equal(swap.judged(found, options), swap.judged(expected, options)):
                 remove(module)
                 raise Refused("its result differs from that of the ops")
     except Refused:

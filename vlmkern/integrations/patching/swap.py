@@ -6,6 +6,7 @@ Modules are told by their children's names and by what these are, not by their c
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -46,6 +47,10 @@ class Swap:
         children = module._modules
         return all(children.get(name) is not None for name in self.linears)
 
+    def serves(self, module: nn.Module, parents: Sequence[nn.Module]) -> bool:
+        """Whether there is any use in it, where the module is a child of these."""
+        return True
+
     def check(self, module: nn.Module) -> None:
         """Raises `Refused` unless the module can be swapped."""
         for name in self.linears:
@@ -83,6 +88,10 @@ class Swap:
     def example_options(self, module: nn.Module) -> dict[str, Any]:
         """What else the module is given with that."""
         return {}
+
+    def judged(self, result: Tensor, options: dict[str, Any]) -> Tensor:
+        """What of the example's result must be the original's."""
+        return result
 
     def stands_for(self, module: nn.Module) -> tuple[nn.Module, ...]:
         """The modules that the ops run in place of, whose children they do not call."""

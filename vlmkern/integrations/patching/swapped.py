@@ -28,6 +28,8 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _STATE = "_vlmkern_swapped"
 # arguments that change what is returned beside the result, or nothing
 _NEUTRAL = ("return_dict", "output_hidden_states", "use_cache", "attn_implementation")
+# of those, values that make more or less of an output of transformers
+_MORE_OR_LESS = {"output_hidden_states": True, "return_dict": False}
 # tensors that are what they look like, the last two while a graph is traced; other subclasses bring an arithmetic
 _TENSORS = (Tensor, nn.Parameter, FakeTensor, FunctionalTensor)
 _FORWARDS = {kind: kind.forward for kind in (nn.Linear, nn.LayerNorm, nn.Identity, nn.Dropout)}
@@ -53,7 +55,8 @@ class Swapped:
 
     Attributes:
         swap: its kind.
-        returns: length of the tuple that the original returns, None for a bare tensor.
+        returns: length of the tuple that the original returns, None for a bare tensor, the class of an output of
+            transformers.
         returns_more: whether the original returns more than the result and Nones, such as attention weights.
         parameters: names of the original's parameters, as far as they can be given by position.
         kernel: what the op is told beside tensors, see `Swap.kernel`.
@@ -64,7 +67,7 @@ class Swapped:
     """
 
     swap: Swap
-    returns: int | None
+    returns: int | type | None
     returns_more: bool
     parameters: tuple[str, ...]
     kernel: Any
@@ -90,7 +93,11 @@ def forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return type(module).forward(module, *args, **kwargs)
     inputs, options = given
     result = state.swap.compute(module, *inputs, **options)
-    return result if state.returns is None else (result, *([None] * (state.returns - 1)))
+    if state.returns is None:
+        return result
+    if isinstance(state.returns, type):
+        return state.returns(last_hidden_state=result)
+    return result, *([None] * (state.returns - 1))
 
 
 def install(module: nn.Module, state: Swapped) -> None:
@@ -254,7 +261,9 @@ def _given(state: Swapped, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tup
     for name, value in named.items():
         if name in state.swap.options and value is not None:
             options[name] = value
-        elif name not in wanted and name not in _NEUTRAL and value is not None and value is not False:
+        elif (isinstance(state.returns, type) and value is _MORE_OR_LESS.get(name, ...)) or (
+            name not in wanted and name not in _NEUTRAL and value is not None and value is not False
+        ):
             return None
     inputs = [named.get(name) for name in wanted]
     return (inputs, options) if all(isinstance(value, Tensor) for value in inputs) else None
