@@ -175,7 +175,7 @@ void write_rows(const float* sums, int64_t columns, int64_t rows, int64_t head_d
   for (int64_t n = 0; n < rows; ++n) {
     for (int64_t d = 0; d < head_dim; d += kWidth) {
       const int lanes = int(head_dim - d < kWidth ? head_dim - d : kWidth);
-      store_n(to + n * stride + d, load(sums + n * columns + d) * factor, lanes);
+      store_n(to + n * stride + d, load_n(sums + n * columns + d, lanes) * factor, lanes);
     }
   }
 }
