@@ -60,9 +60,10 @@ def _slope(b_x, ACTIVATION: tl.constexpr):
         return 0.5 * (1 + tl.erf(b_x * constants.SQRT_HALF)) + b_x * b_normal
     else:
         # silu, or quick GELU, which is silu(c x) / c
-        b_steep = b_x * constants.QUICK_GELU if ACTIVATION == "quick_gelu" else b_x
-        b_sigmoid = _sigmoid(b_steep)
-        return b_sigmoid * (1 + b_steep * (1 - b_sigmoid))
+        STEEPNESS: tl.constexpr = constants.QUICK_GELU if ACTIVATION == "quick_gelu" else 1.0
+        b_sigmoid = _sigmoid(b_x * STEEPNESS)
+        # c x may overflow where x does not, and the sigmoid's own slope is 0 there
+        return b_sigmoid + b_x * (b_sigmoid * (1 - b_sigmoid) * STEEPNESS)
 
 
 @triton.jit(do_not_specialize=["rows", "blocks", "stride_residual"])

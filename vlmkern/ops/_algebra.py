@@ -49,9 +49,11 @@ def activate_bwd(grad: Tensor, before: Tensor, activation: str) -> Tensor:
     if activation == "silu":
         return torch.ops.aten.silu_backward(grad, before)
     if activation == "quick_gelu":
-        # silu(c x) / c has the slope that silu has at c x
+        # silu(c x) / c has the slope that silu has at c x, which is finite where x is
         wide = torch.promote_types(grad.dtype, torch.float32)
-        return torch.ops.aten.silu_backward(grad.to(wide), STEEPNESS * before.to(wide)).to(grad.dtype)
+        most = torch.finfo(wide).max
+        steep = (STEEPNESS * before.to(wide)).clamp_(-most, most)
+        return torch.ops.aten.silu_backward(grad.to(wide), steep).to(grad.dtype)
     return torch.ops.aten.gelu_backward(grad, before, approximate=_approximation(activation))
 
 

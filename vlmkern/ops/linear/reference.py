@@ -44,7 +44,7 @@ def linear_bwd(p: LinearGradient) -> list[Tensor]:
             dz = torch.ops.aten.silu_backward(dy, z)
         elif activation == "quick_gelu":
             sigmoid = torch.sigmoid(1.702 * _wide(z))
-            dz = (_wide(dy) * sigmoid * (1 + 1.702 * _wide(z) * (1 - sigmoid))).to(dy.dtype)
+            dz = (_wide(dy) * (sigmoid + _wide(z) * (1.702 * sigmoid * (1 - sigmoid)))).to(dy.dtype)
         else:
             dz = torch.ops.aten.gelu_backward(dy, z, approximate=_gelu(activation))
     every = ((dz @ weight).view(x.shape), dz.mT @ x_rows, dz.sum(0), grad.clone(memory_format=torch.contiguous_format))
